@@ -1,0 +1,72 @@
+"""Autoencoder on MNIST.
+
+    minimise  -log p(x|z),    z = f(x)
+
+Hinton & Salakhutdinov, "Reducing the Dimensionality of Data with Neural Networks", Science 2006.
+
+    python ae.py --epochs 20 --device cuda
+"""
+
+import torch
+
+from common import (
+    EVAL_SEED,
+    Decoder,
+    Encoder,
+    encode,
+    make_parser,
+    plot_interpolations,
+    plot_latent_space,
+    plot_loss_curves,
+    plot_reconstructions,
+    plot_samples,
+    reconstruction_term,
+    save_metrics,
+    seed_epoch,
+    start_run,
+    train_model,
+)
+
+
+def ae_loss(encoder, decoder, x):
+    """The reconstruction term, in nats per image, for images x (B, 1, 28, 28) in [0, 1]."""
+    z = encoder(x)
+    recon = reconstruction_term(decoder.logits(z), x)
+    return recon, {"recon": recon}
+
+
+def sample_codes(codes, n):
+    """n samples of the Gaussian with the mean and covariance of codes (N, latent_dim).
+
+    An AE has no prior to sample from. Weighing the centred codes with Gaussian noise gives their
+    covariance without factorising it, so that dead or few codes do no harm.
+    """
+    mean = codes.mean(dim=0)
+    eps = torch.randn(n, len(codes)).to(codes.device)
+    return mean + eps @ (codes - mean) / (len(codes) - 1) ** 0.5  # (n, latent_dim)
+
+
+def main(argv=None):
+    parser = make_parser("ae", __doc__)
+    args = parser.parse_args(argv)
+    data, out = start_run(parser, args)
+    device = data.train_images.device
+
+    seed_epoch(args.seed, 0)
+    encoder = Encoder(args.hidden_dims, args.latent_dim, "AE").to(device)
+    decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
+    history = train_model(encoder, decoder, data, ae_loss, args, out)
+
+    mu, _ = encode(encoder, data.test_images)
+    save_metrics(encoder, decoder, data, mu, history, args, out)
+    titles = {"recon": "reconstruction"}
+    plot_loss_curves(history, titles, out)
+    plot_reconstructions(decoder, mu, data.test_images, data.test_labels, out)
+    torch.manual_seed(EVAL_SEED)
+    plot_samples(decoder, sample_codes(mu, 100), out, "Samples of a Gaussian fitted to the codes: an AE has no prior")
+    plot_interpolations(decoder, mu, data.test_labels, out)
+    plot_latent_space(mu, data.test_labels, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,710 @@
+"""What ae.py, vae.py and beta_vae.py share: data, Encoder, Decoder, training, evaluation, figures.
+
+The sections stand in the order in which the data flows. All losses are in nats per image: summed
+over pixels or latents, averaged over the batch.
+"""
+
+import argparse
+import csv
+import ctypes
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from torch import nn
+
+EVAL_SEED = 0  # of the samples z behind every test number, whatever the run's own seed is
+EVAL_BATCH = 500  # test images at a time; bounds the memory of evaluation
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+class Mnist(NamedTuple):
+    """MNIST on one device: uint8 images (N, 1, 28, 28) and int64 labels (N,)."""
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+
+
+def load_mnist(root, device="cpu", limit=None):
+    """Load MNIST onto `device`, from the archives in root/MNIST/raw or else by download.
+
+    limit: keep the first `limit` training images; the test set always stays whole.
+    Raises RuntimeError if the images are neither there nor to be had.
+    """
+    try:
+        train, test = (torchvision.datasets.MNIST(root, train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        names = ", ".join(name for name, _ in torchvision.datasets.MNIST.resources)
+        raise RuntimeError(
+            f"no MNIST in {root} and no download: put {names} into {Path(root) / 'MNIST' / 'raw'}"
+        ) from error
+    return Mnist(
+        train.data[:limit, None].to(device),  # (N, 28, 28) -> (N, 1, 28, 28)
+        train.targets[:limit].to(device),
+        test.data[:, None].to(device),
+        test.targets.to(device),
+    )
+
+
+def to_pixels(images):
+    """uint8 images in [0, 255] to float32 in [0, 1], same shape."""
+    return images.float() / 255
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Images (B, 1, 28, 28) in [0, 1] to codes.
+
+    model_name "AE" returns mu (B, latent_dim); "VAE" returns (mu, logvar, z), each (B, latent_dim),
+    with z ~ N(mu, exp(logvar)). Any other name raises ValueError.
+    """
+
+    def __init__(self, hidden_dims, latent_dim, model_name="AE"):
+        super().__init__()
+        if model_name not in ("AE", "VAE"):
+            raise ValueError(f"model_name must be 'AE' or 'VAE', not {model_name!r}")
+        self.model_name = model_name
+        self.model = nn.Sequential(
+            nn.Conv2d(1, hidden_dims[0], 4, 2, 1),
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(hidden_dims[0], hidden_dims[1], 4, 2, 1),
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(hidden_dims[1], hidden_dims[2], 4, 2, 1),
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(hidden_dims[2], hidden_dims[3], 4, 2, 1),
+            nn.LeakyReLU(0.01),
+        )
+        self.fc_mean = nn.Linear(hidden_dims[3] * 2 * 2, latent_dim)
+        self.fc_logvar = nn.Linear(hidden_dims[3] * 2 * 2, latent_dim)
+
+    def features(self, x):
+        x = F.pad(x, (2, 2, 2, 2))  # (B, 1, 28, 28) -> (B, 1, 32, 32)
+        return self.model(x).flatten(1)  # (B, hidden_dims[3], 2, 2) -> (B, hidden_dims[3] * 4)
+
+    def reparameterize(self, mu, logvar):
+        """A sample of N(mu, exp(logvar)) that passes gradients to both (Kingma & Welling, 2014)."""
+        std = torch.exp(0.5 * logvar)
+        eps = torch.randn_like(std)
+        return mu + eps * std
+
+    def forward(self, x):
+        h = self.features(x)
+        mu = self.fc_mean(h)
+        if self.model_name == "VAE":
+            logvar = self.fc_logvar(h)
+            z = self.reparameterize(mu, logvar)
+            return mu, logvar, z
+        return mu
+
+
+class Decoder(nn.Module):
+    """Codes (B, latent_dim) to images (B, 1, 28, 28) in [0, 1]."""
+
+    def __init__(self, latent_dim, hidden_dims, expand_dim=4):
+        super().__init__()
+        self.expand_dim = expand_dim
+        self.input_layer = nn.Linear(latent_dim, hidden_dims[-1] * expand_dim * expand_dim)
+        self.decoder = nn.Sequential(
+            nn.ConvTranspose2d(hidden_dims[-1], hidden_dims[-2], 4, 2, 1),
+            nn.LeakyReLU(0.01),
+            nn.ConvTranspose2d(hidden_dims[-2], hidden_dims[-3], 4, 2, 1),
+            nn.LeakyReLU(0.01),
+            nn.ConvTranspose2d(hidden_dims[-3], hidden_dims[-4], 4, 2, 1),
+            nn.LeakyReLU(0.01),
+        )
+        self.last_layer = nn.Sequential(
+            nn.ConvTranspose2d(hidden_dims[-4], 1, 3, 1, 1),
+            nn.Sigmoid(),
+        )
+
+    def logits(self, z):
+        """The images before the sigmoid: what losses use, since BCE on logits cannot saturate."""
+        h = self.input_layer(z)
+        h = h.view(h.size(0), -1, self.expand_dim, self.expand_dim)  # (B, hidden_dims[-1], 4, 4)
+        h = self.last_layer[0](self.decoder(h))  # (B, 1, 32, 32)
+        return h[..., 2:-2, 2:-2]  # (B, 1, 28, 28): the crop that undoes the encoder's padding
+
+    def forward(self, z):
+        return self.last_layer[1](self.logits(z))
+
+
+# ------------------------------------------------------------------------------------------------
+# Terms of the losses
+# ------------------------------------------------------------------------------------------------
+
+
+def reconstruction_term(logits, x):
+    """-log p(x|z) of a Bernoulli decoder, in nats per image.
+
+    logits, x: (B, 1, 28, 28), x in [0, 1]. Grey pixels make this the cross-entropy, no likelihood.
+    """
+    bce = F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none")
+    return bce.sum(dim=(1, 2, 3)).mean()  # over pixels, then over the batch
+
+
+def kl_per_latent(mu, logvar):
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of each latent, in nats, averaged over the batch.
+
+    mu, logvar: (B, latent_dim). Returns (latent_dim,). Kingma & Welling (2014), appendix B.
+    """
+    mu, logvar = mu.float(), logvar.float()
+    return (-0.5 * (1 + logvar - mu.square() - logvar.exp())).mean(dim=0)  # over the batch
+
+
+def kl_divergence(mu, logvar):
+    """KL(q(z|x) || p(z)) in nats per image: the sum of `kl_per_latent`, a scalar."""
+    return kl_per_latent(mu, logvar).sum()
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
+def pick_device(name="auto"):
+    """The torch.device for a --device value. Raises ValueError, with what is there, if it is not."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps") or (device.index or 0) < 0:
+        raise ValueError(f"{name!r} is no device: take auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{name!r} is not on this machine: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("'mps' is not on this machine: torch sees no Apple GPU")
+    return device
+
+
+def pick_precision(device):
+    """The dtype of the training step on `device`, and why."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "native on this GPU"
+    if device.type == "cpu":
+        if torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "native on this CPU (AMX)"
+        if torch.cpu._is_avx512_bf16_supported():
+            return torch.bfloat16, "native on this CPU (AVX512-BF16)"
+    return torch.float32, "no native bfloat16"
+
+
+def keep_freed_memory():
+    """Have glibc keep freed activations: mapping and faulting them anew takes a fifth of a CPU step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+        mallopt(-1, (2 << 30) - 1)  # M_TRIM_THRESHOLD
+
+
+def seed_epoch(seed, epoch):
+    """Seed every generator for one epoch (0: the initial weights), so that no state needs saving."""
+    torch.manual_seed(seed * 1_000_003 + epoch)
+
+
+def learning_rate(step, total_steps, peak):
+    """Linear warm-up over the first tenth of the steps, then a cosine to zero."""
+    warmup = max(1, total_steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
+
+
+def train_model(encoder, decoder, data, loss_fn, args, out):
+    """Train on data.train_images with Adam; after each epoch test, and write history and checkpoint.
+
+    encoder, decoder: on the device of `data`.
+    loss_fn(encoder, decoder, x): x (B, 1, 28, 28) in [0, 1]; returns the loss and its named terms,
+        scalars in nats per image.
+    args: epochs, batch_size, lr, seed, and what else the checkpoint shall remember.
+    Returns the history, one dict an epoch; its seconds are those of the training steps alone.
+    """
+    images, device = data.train_images, data.train_images.device
+    dtype, reason = pick_precision(device)
+    print(f"{device_name(device)}, {str(dtype).removeprefix('torch.')}: {reason}")
+    if device.type == "cpu":
+        keep_freed_memory()
+
+    # channels_last is the layout that convolution kernels want: no reorder around each of them.
+    encoder.to(memory_format=torch.channels_last)
+    decoder.to(memory_format=torch.channels_last)
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=device.type != "mps")
+    steps = len(images) // args.batch_size
+    history = []
+
+    def training_step(index):
+        x = to_pixels(images[index])
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss, terms = loss_fn(encoder, decoder, x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+
+    for epoch in range(1, args.epochs + 1):
+        seed_epoch(args.seed, epoch)
+        start = time.perf_counter()
+        # Full batches only; which images are left over differs from epoch to epoch.
+        order = torch.randperm(len(images), device=device)[: steps * args.batch_size]
+        totals = {}  # on the device: reading them would stall each step
+        for step, index in enumerate(order.split(args.batch_size)):
+            lr = learning_rate((epoch - 1) * steps + step, args.epochs * steps, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for name, value in training_step(index).items():
+                totals[name] = totals.get(name, 0) + value
+            if sys.stdout.isatty() and (step + 1) % 50 == 0:
+                show_progress(args.epochs, epoch, step + 1, steps, time.perf_counter() - start, args.batch_size)
+        train = {f"train_{name}": value.item() / steps for name, value in totals.items()}  # waits for the device
+        elapsed = time.perf_counter() - start
+        test = {f"test_{name}": value for name, value in evaluate(encoder, decoder, data.test_images, loss_fn).items()}
+        history.append({"epoch": epoch, "lr": lr, **train, **test, "seconds": elapsed})
+        save_history(history, out)
+        save_checkpoint(encoder, decoder, optimizer, history, args, out)
+        rate = steps * args.batch_size / elapsed
+        left = (args.epochs - epoch) * elapsed
+        terms = "  ".join(f"{name} {value:.2f}" for name, value in test.items())
+        clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+        print(f"{clear}epoch {epoch}/{args.epochs}  {rate:,.0f} images/s  {terms}  {left:.0f} s left", flush=True)
+    return history
+
+
+def show_progress(epochs, epoch, step, steps, elapsed, batch_size):
+    left = elapsed / step * ((epochs - epoch + 1) * steps - step)
+    rate = step * batch_size / elapsed
+    print(
+        f"\r\x1b[Kepoch {epoch}/{epochs}  {step / steps:.0%}  {rate:,.0f} images/s  {left:.0f} s left",
+        end="",
+        flush=True,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(encoder, decoder, images, loss_fn):
+    """Mean loss and terms over all `images` (N, 1, 28, 28) uint8, in float32, z sampled from a fixed seed."""
+    torch.manual_seed(EVAL_SEED)
+    totals = {}
+    for batch in images.split(EVAL_BATCH):
+        loss, terms = loss_fn(encoder, decoder, to_pixels(batch))
+        for name, value in {"loss": loss, **terms}.items():
+            totals[name] = totals.get(name, 0) + value * len(batch)  # a short last batch counts for less
+    return {name: value.item() / len(images) for name, value in totals.items()}
+
+
+@torch.inference_mode()
+def encode(encoder, images):
+    """The codes (mu, logvar) of images (N, 1, 28, 28) uint8, each (N, latent_dim) float32.
+
+    An AE trains no logvar: its second value means nothing.
+    """
+    features = [encoder.features(to_pixels(batch)) for batch in images.split(EVAL_BATCH)]
+    return tuple(torch.cat([head(h) for h in features]) for head in (encoder.fc_mean, encoder.fc_logvar))
+
+
+@torch.inference_mode()
+def reconstruction_mse(decoder, mu, images):
+    """Mean squared error per pixel of the reconstructions from mu (N, latent_dim) of uint8 images."""
+    total = 0
+    for code, batch in zip(mu.split(EVAL_BATCH), images.split(EVAL_BATCH)):
+        total = total + (decoder(code) - to_pixels(batch)).square().sum()
+    return total.item() / images.numel()
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures
+# ------------------------------------------------------------------------------------------------
+
+WIDTH = 3.4  # inches: one column of a two-column paper
+STYLE = {
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6,
+    "ytick.labelsize": 6,
+    "legend.fontsize": 6,
+    "axes.linewidth": 0.5,
+    "lines.linewidth": 1,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#D55E00"]),  # Okabe & Ito: colour-blind-safe
+    "image.cmap": "gray_r",  # ink on paper
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # TrueType, which publishers ask for
+}
+# Paul Tol's "muted" set, one colour a digit, its pale grey darkened.
+DIGIT_COLOURS = "#CC6677 #332288 #DDCC77 #117733 #88CCEE #882255 #44AA99 #999933 #AA4499 #777777".split()
+
+
+FIGURES = (
+    "reconstructions",
+    "samples",
+    "interpolations",
+    "loss_curves",
+    "latent_space",
+    "kl_per_dimension",
+    "traversals",
+    "manifold",
+)
+
+
+def save_figure(figure, out, name):
+    for suffix in ("png", "pdf"):
+        figure.savefig(Path(out) / f"{name}.{suffix}")
+
+
+@matplotlib.rc_context(STYLE)
+def plot_grid(images, out, name, title, row_labels=(), column_labels=()):
+    """Draw images (rows, columns, 28, 28) in [0, 1] edge to edge, with a label a row and a column."""
+    rows, columns = images.shape[:2]
+    tiled = images.permute(0, 2, 1, 3).reshape(rows * 28, columns * 28)  # (rows * 28, columns * 28)
+    figure = Figure(figsize=(WIDTH, WIDTH * (rows + 0.6) / (columns + (1.5 if row_labels else 0))), layout="compressed")
+    ax = figure.add_subplot()
+    ax.imshow(tiled.cpu(), vmin=0, vmax=1, interpolation="none")
+    ax.set_title(title)
+    ax.set_yticks([28 * row + 14 for row in range(len(row_labels))], row_labels)
+    ax.set_xticks([28 * column + 14 for column in range(len(column_labels))], column_labels)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    save_figure(figure, out, name)
+
+
+def one_of_each(labels):
+    """Indices (10,) of the first image of each digit in labels (N,)."""
+    return torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])
+
+
+@torch.inference_mode()
+def plot_reconstructions(decoder, mu, images, labels, out):
+    """The first test image of each digit above its reconstruction from mu."""
+    chosen = one_of_each(labels)
+    pair = torch.stack([to_pixels(images[chosen]), decoder(mu[chosen])])  # (2, 10, 1, 28, 28)
+    plot_grid(pair.squeeze(2), out, "reconstructions", "Test images", ["input", "reconstruction"])
+
+
+@torch.inference_mode()
+def plot_samples(decoder, z, out, title):
+    """Decode codes z (rows * 10, latent_dim)."""
+    plot_grid(decoder(z).view(-1, 10, 28, 28), out, "samples", title)
+
+
+@torch.inference_mode()
+def plot_interpolations(decoder, mu, labels, out, steps=11):
+    """Straight lines in code space between test images of two digits: 0 to 1, 2 to 3, ... 8 to 9."""
+    ends = mu[one_of_each(labels)].view(5, 2, 1, -1)  # (pair, end, 1, latent_dim)
+    t = torch.linspace(0, 1, steps, device=mu.device)
+    z = torch.lerp(ends[:, 0], ends[:, 1], t[:, None])  # (pair, steps, latent_dim)
+    images = decoder(z.flatten(0, 1)).view(5, steps, 28, 28)
+    plot_grid(
+        images,
+        out,
+        "interpolations",
+        "Between the codes of two test images",
+        (),
+        [f"{weight:.1f}" for weight in t.tolist()],
+    )
+
+
+@matplotlib.rc_context(STYLE)
+def plot_loss_curves(history, terms, out):
+    """One panel a term, train and test, over epochs; `terms` maps the history's names to titles."""
+    figure = Figure(figsize=(WIDTH, 0.4 + 1.1 * len(terms)), layout="constrained")
+    axes = figure.subplots(len(terms), sharex=True, squeeze=False)[:, 0]
+    epochs = [row["epoch"] for row in history]
+    for ax, (name, title) in zip(axes, terms.items()):
+        for split in ("train", "test"):
+            ax.plot(epochs, [row[f"{split}_{name}"] for row in history], marker=".", markersize=3, label=split)
+        ax.set_title(title)
+    figure.supylabel("nats per image")
+    axes[-1].set_xlabel("epoch")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    save_figure(figure, out, "loss_curves")
+
+
+@matplotlib.rc_context(STYLE)
+def plot_latent_space(mu, labels, out):
+    """Scatter of codes mu (N, latent_dim) by digit: the plane itself, or two principal components."""
+    if mu.shape[1] == 2:
+        points, axis_labels = mu, ["$\\mu_1$", "$\\mu_2$"]
+    else:
+        centred = mu - mu.mean(dim=0)
+        _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
+        points = centred @ directions[:2].T
+        explained = singular.square() / singular.square().sum()
+        axis_labels = [f"principal component {i + 1} of $\\mu$ ({explained[i]:.0%})" for i in range(2)]
+    points, labels = points.cpu(), labels.cpu()
+    figure = Figure(figsize=(WIDTH, 0.88 * WIDTH), layout="constrained")
+    ax = figure.add_subplot()
+    # In the test set's order, so that no digit is drawn on top of all others; a bitmap in the PDF too.
+    ax.scatter(*points.T, s=1, linewidths=0, c=[DIGIT_COLOURS[label] for label in labels], rasterized=True)
+    handles = [ax.scatter([], [], s=12, c=colour, label=digit) for digit, colour in enumerate(DIGIT_COLOURS)]
+    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1], aspect="equal")
+    figure.legend(handles=handles, title="digit", loc="outside right center", frameon=False, handletextpad=0.1)
+    save_figure(figure, out, "latent_space")
+
+
+@matplotlib.rc_context(STYLE)
+def plot_kl_per_dimension(mu, logvar, out):
+    """Bars of the KL of each latent over codes mu, logvar (N, latent_dim), sorted."""
+    kl, order = kl_per_latent(mu, logvar).sort(descending=True)
+    figure = Figure(figsize=(WIDTH, 0.5 * WIDTH), layout="constrained")
+    ax = figure.add_subplot()
+    ax.bar(range(len(kl)), kl.cpu())
+    if len(kl) <= 30:
+        ax.set_xticks(range(len(kl)), order.tolist())
+    ax.set(xlabel="latent, sorted by KL", ylabel="KL (nats per image)", title=f"Sum over latents: {kl.sum():.1f} nats")
+    save_figure(figure, out, "kl_per_dimension")
+
+
+@torch.inference_mode()
+def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
+    """Move one latent from -3 to 3, the others held at the first test image's mu; largest KL on top."""
+    kl, order = kl_per_latent(mu, logvar).sort(descending=True)
+    order = order[:rows]
+    values = torch.linspace(-3, 3, columns, device=mu.device)
+    z = mu[0].repeat(len(order), columns, 1)  # (rows, columns, latent_dim)
+    for row, latent in enumerate(order):
+        z[row, :, latent] = values
+    images = decoder(z.flatten(0, 1)).view(len(order), columns, 28, 28)
+    row_labels = [f"$z_{{{latent}}}$  {nats:.1f} nats" for latent, nats in zip(order.tolist(), kl.tolist())]
+    title = "One latent moved, the others at a test image's code\nrows sorted by the latent's KL"
+    plot_grid(images, out, "traversals", title, row_labels, [f"{value:g}" for value in values.tolist()])
+
+
+@torch.inference_mode()
+def plot_manifold(decoder, out, steps=20):
+    """Decode a grid over a latent plane, even in the prior's probability (Kingma & Welling, 2014)."""
+    device = next(decoder.parameters()).device
+    quantiles = (torch.arange(steps, device=device) + 0.5) / steps
+    values = torch.special.ndtri(quantiles)  # the inverse of the normal CDF
+    z = torch.cartesian_prod(-values, values).flip(1)  # (steps * steps, 2): z_1 to the right, z_2 up
+    plot_grid(decoder(z).view(steps, steps, 28, 28), out, "manifold", "Decoded plane: $z_1$ to the right, $z_2$ up")
+
+
+# ------------------------------------------------------------------------------------------------
+# Run folder
+# ------------------------------------------------------------------------------------------------
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def save_history(history, out):
+    with open(Path(out) / "history.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def save_checkpoint(encoder, decoder, optimizer, history, args, out):
+    checkpoint = {
+        "model_name": encoder.model_name,
+        "args": vars(args),
+        "epoch": len(history),
+        "history": history,
+        "encoder": encoder.state_dict(),
+        "decoder": decoder.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(checkpoint, Path(out) / "checkpoint.pt")
+
+
+def save_metrics(encoder, decoder, data, mu, history, args, out):
+    """Write metrics.json: the last epoch's test terms, the mse from the test codes mu, and all that made them."""
+    device = data.test_images.device
+    last = history[-1]
+    test = {name.removeprefix("test_"): value for name, value in last.items() if name.startswith("test_")}
+    test["mse"] = reconstruction_mse(decoder, mu, data.test_images)
+    seconds = sum(row["seconds"] for row in history)
+    seen = len(history) * (len(data.train_images) // args.batch_size) * args.batch_size
+    metrics = {
+        "args": vars(args),
+        "protocol": {
+            "split": f"trained on {len(data.train_images)} MNIST images, tested on {len(data.test_images)}",
+            "pixels": "grey",
+            "recon": "Bernoulli: binary cross-entropy, summed over pixels",
+            "z": "one sample of q(z|x) an image" if "kl" in test else "the code itself",
+            "mse": "per pixel, reconstructions from the mean code",
+            "K": None,
+            "seed": args.seed,
+            "evaluation_seed": EVAL_SEED,
+            "units": "nats per image",
+        },
+        "test": test,
+        "train": {
+            "epochs": len(history),
+            "seconds": seconds,
+            "images_per_second": seen / seconds,
+            "peak_memory_mb": peak_memory_mb(device),
+            "parameters": sum(p.numel() for p in [*encoder.parameters(), *decoder.parameters()]),
+        },
+        "environment": {
+            "script": Path(sys.argv[0]).name,
+            "device": device_name(device),
+            "precision": str(pick_precision(device)[0]).removeprefix("torch."),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+    }
+    (Path(out) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def peak_memory_mb(device):
+    """Peak memory in MiB: of the GPU's allocator on CUDA, else of the process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+def load_model(folder):
+    """The trained (encoder, decoder, args) of a run folder, on the CPU."""
+    checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    args = argparse.Namespace(**checkpoint["args"])
+    encoder = Encoder(args.hidden_dims, args.latent_dim, checkpoint["model_name"])
+    decoder = Decoder(args.latent_dim, args.hidden_dims)
+    encoder.load_state_dict(checkpoint["encoder"])
+    decoder.load_state_dict(checkpoint["decoder"])
+    return encoder, decoder, args
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses bad input in one line with exit code 2; argparse itself prints the usage too."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def checked(kind, accept, wanted):
+    """An argparse type: `kind` of the text, refused where `accept` of it is false."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+positive_int = checked(int, lambda value: value >= 1, "a whole number from 1 up")
+positive_float = checked(float, lambda value: 0 < value < math.inf, "a finite number above 0")
+train_size = checked(int, lambda value: 1 <= value <= 60_000, "a whole number from 1 to 60000")
+seed_value = checked(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
+def make_parser(name, doc):
+    """The flags that all scripts have; `name` is the script's, the first line of `doc` heads the help."""
+    parser = Parser(
+        prog=f"{name}.py",
+        description=doc.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    run = parser.add_argument_group("run")
+    free = f"the first of runs/{name}, runs/{name}-2, ... that is free"
+    run.add_argument("--out", metavar="DIR", default=argparse.SUPPRESS, help=f"folder to write to (default: {free})")
+    run.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    run.add_argument("--seed", type=seed_value, default=0, help="seed of weights, batches and noise")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="DIR", default="data", help="folder that holds MNIST/raw/*.gz")
+    data.add_argument("--limit", metavar="N", type=train_size, default=60_000, help="train on the first N images")
+    model = parser.add_argument_group("model")
+    model.add_argument("--latent-dim", metavar="N", type=positive_int, default=20, help="number of latents")
+    widths = {"nargs": 4, "metavar": ("A", "B", "C", "D"), "default": [32, 64, 128, 256]}
+    model.add_argument("--hidden-dims", type=positive_int, **widths, help="channels of the four convolutions")
+    fit = parser.add_argument_group("optimization")
+    fit.add_argument("--epochs", metavar="N", type=positive_int, default=20, help="passes over the training images")
+    fit.add_argument("--batch-size", metavar="N", type=positive_int, default=128, help="images per step")
+    fit.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate of Adam")
+    return parser
+
+
+def start_run(parser, args):
+    """Check the flags, load the data, claim the folder, in this order; returns (data, folder).
+
+    What is refused ends in one line with exit code 2, and nothing is written.
+    """
+    if args.batch_size > args.limit:
+        parser.error(f"argument --batch-size: {args.batch_size} is more than the {args.limit} training images")
+    default = Path("runs", Path(parser.prog).stem)
+    wanted = Path(getattr(args, "out", default))
+    try:
+        device = pick_device(args.device)
+    except ValueError as error:
+        parser.error(f"argument --device: {error}")
+    if "out" in args and not args.overwrite and wanted.is_dir() and any(wanted.iterdir()):
+        parser.error(f"argument --out: {wanted} is not empty: name another folder, or add --overwrite")
+    above = next(folder for folder in (wanted, *wanted.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        parser.error(f"argument --out: {above} is {'not writable' if above.is_dir() else 'a file'}")
+    try:
+        data = load_mnist(args.data, device, args.limit)
+    except RuntimeError as error:
+        parser.error(f"argument --data: {error}")
+    try:
+        args.out = str(claim_folder(wanted, numbered="out" not in args and not args.overwrite))
+    except OSError as error:
+        parser.error(f"argument --out: cannot make {wanted}: {error.strerror}")
+    return data, Path(args.out)
+
+
+def claim_folder(wanted, numbered):
+    """Make the folder `wanted` or, if `numbered`, the first of wanted, wanted-2, ... that is not there.
+
+    What an earlier run left in it goes, so that the folder never holds a mix of two runs.
+    """
+    if numbered:
+        for folder in itertools.chain([wanted], (Path(f"{wanted}-{i}") for i in itertools.count(2))):
+            try:
+                folder.mkdir(parents=True)  # makes or fails in one step: two runs never get one folder
+                return folder
+            except FileExistsError:
+                continue
+    wanted.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoint.pt", "metrics.json", "history.csv", *(f"{figure}.*" for figure in FIGURES)):
+        for stale in wanted.glob(name):
+            stale.unlink()
+    return wanted
