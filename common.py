@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -184,7 +185,7 @@ def kl_divergence(mu, logvar):
 def pick_device(name="auto"):
     """The torch.device for a --device value. Raises ValueError, with what is there, if it is not."""
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -211,7 +212,7 @@ def pick_precision(device):
 
 
 def keep_freed_memory():
-    """Have glibc keep freed activations: mapping and faulting them anew takes a fifth of a CPU step."""
+    """Have glibc keep freed activations for the next step, instead of mapping and faulting them anew."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
@@ -242,7 +243,7 @@ def train_model(encoder, decoder, data, loss_fn, args, out):
     """
     images, device = data.train_images, data.train_images.device
     dtype, reason = pick_precision(device)
-    print(f"{device_name(device)}, {str(dtype).removeprefix('torch.')}: {reason}")
+    print(f"{device_name(device)}, {str(dtype).removeprefix('torch.')} ({reason}), writing to {out}")
     if device.type == "cpu":
         keep_freed_memory()
 
@@ -261,7 +262,7 @@ def train_model(encoder, decoder, data, loss_fn, args, out):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+        return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
 
     for epoch in range(1, args.epochs + 1):
         seed_epoch(args.seed, epoch)
@@ -275,30 +276,34 @@ def train_model(encoder, decoder, data, loss_fn, args, out):
                 group["lr"] = lr
             for name, value in training_step(index).items():
                 totals[name] = totals.get(name, 0) + value
-            if sys.stdout.isatty() and (step + 1) % 50 == 0:
-                show_progress(args.epochs, epoch, step + 1, steps, time.perf_counter() - start, args.batch_size)
+            if step + 1 < steps:
+                show_progress(history, epoch, args, step + 1, steps, time.perf_counter() - start)
         train = {f"train_{name}": value.item() / steps for name, value in totals.items()}  # waits for the device
         elapsed = time.perf_counter() - start
         test = {f"test_{name}": value for name, value in evaluate(encoder, decoder, data.test_images, loss_fn).items()}
         history.append({"epoch": epoch, "lr": lr, **train, **test, "seconds": elapsed})
         save_history(history, out)
         save_checkpoint(encoder, decoder, optimizer, history, args, out)
-        rate = steps * args.batch_size / elapsed
-        left = (args.epochs - epoch) * elapsed
-        terms = "  ".join(f"{name} {value:.2f}" for name, value in test.items())
-        clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-        print(f"{clear}epoch {epoch}/{args.epochs}  {rate:,.0f} images/s  {terms}  {left:.0f} s left", flush=True)
+        show_progress(history, epoch, args, steps, steps, elapsed)
     return history
 
 
-def show_progress(epochs, epoch, step, steps, elapsed, batch_size):
-    left = elapsed / step * ((epochs - epoch + 1) * steps - step)
-    rate = step * batch_size / elapsed
-    print(
-        f"\r\x1b[Kepoch {epoch}/{epochs}  {step / steps:.0%}  {rate:,.0f} images/s  {left:.0f} s left",
-        end="",
-        flush=True,
-    )
+def show_progress(history, epoch, args, done, steps, elapsed):
+    """One line: updated in place on a terminal, elsewhere once an epoch. Test terms are the last epoch's."""
+    terminal = sys.stdout.isatty()
+    if done < steps and not (terminal and done % 50 == 0):
+        return
+    rate = done * args.batch_size / elapsed
+    left = elapsed / done * ((args.epochs - epoch + 1) * steps - done)
+    line = f"epoch {epoch}/{args.epochs}  {rate:,.0f} images/s  {left:.0f} s left"
+    if history:
+        test = {name: value for name, value in history[-1].items() if name.startswith("test_")}
+        line += "  test" + "".join(f"  {name.removeprefix('test_')} {value:.2f}" for name, value in test.items())
+    if terminal:
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
+        print(f"\r\x1b[K{line[:width]}", end="" if len(history) < args.epochs else "\n", flush=True)
+    else:
+        print(line, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------

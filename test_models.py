@@ -1,0 +1,343 @@
+"""Tests of ae.py, vae.py, beta_vae.py and common.py: identities, behaviour, and whole runs on MNIST."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+from torch.distributions import Bernoulli, Normal, kl_divergence
+
+import ae
+import beta_vae
+import common
+import vae
+
+ROOT = Path(__file__).parent
+NARROW = [4, 8, 8, 16]  # channels of a model that trains in milliseconds
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    """The first 512 training and 300 test images: no multiple of the evaluation's batch."""
+    data = common.load_mnist(ROOT / "data", limit=512)
+    return data._replace(test_images=data.test_images[:300], test_labels=data.test_labels[:300])
+
+
+def build(model_name, seed=0, latent_dim=5):
+    torch.manual_seed(seed)
+    return common.Encoder(NARROW, latent_dim, model_name), common.Decoder(latent_dim, NARROW)
+
+
+def train(data, out, seed=0, epochs=2, loss_fn=vae.vae_loss):
+    """A short run; returns its models and history."""
+    flags = f"--epochs {epochs} --batch-size 64 --seed {seed} --latent-dim 5 --hidden-dims"
+    args = common.make_parser("vae", vae.__doc__).parse_args([*flags.split(), *map(str, NARROW)])
+    encoder, decoder = build("AE" if loss_fn is ae.ae_loss else "VAE", seed)
+    return encoder, decoder, common.train_model(encoder, decoder, data, loss_fn, args, out)
+
+
+def weights(*models):
+    return torch.cat([tensor.flatten() for model in models for tensor in model.state_dict().values()])
+
+
+# ------------------------------------------------------------------------------------------------
+# Identities: each against an independent reference
+# ------------------------------------------------------------------------------------------------
+
+
+def test_kl_equals_torch_distributions():
+    mu, logvar = 2 * torch.randn(64, 7), 2 * torch.randn(64, 7)
+    reference = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0, 1))
+    torch.testing.assert_close(common.kl_per_latent(mu, logvar), reference.mean(dim=0))
+    torch.testing.assert_close(common.kl_divergence(mu, logvar), reference.sum(dim=1).mean())
+
+
+def test_kl_is_zero_at_the_prior_alone():
+    zeros = torch.zeros(3, 4)
+    assert common.kl_divergence(zeros, zeros) == 0
+    assert common.kl_divergence(zeros + 0.1, zeros) > 0 and common.kl_divergence(zeros, zeros + 0.1) > 0
+
+
+def test_reconstruction_term_equals_float64_cross_entropy_of_probabilities():
+    x, logits = torch.rand(16, 1, 28, 28), 3 * torch.randn(16, 1, 28, 28)
+    p, grey = logits.double().sigmoid(), x.double()
+    reference = -(grey * p.log() + (1 - grey) * (1 - p).log()).sum() / 16
+    torch.testing.assert_close(common.reconstruction_term(logits, x).double(), reference, rtol=1e-6, atol=0)
+
+
+def test_reconstruction_term_of_binary_pixels_is_a_bernoulli_log_likelihood():
+    x, logits = torch.rand(16, 1, 28, 28).round(), torch.randn(16, 1, 28, 28)
+    reference = -Bernoulli(logits=logits).log_prob(x).sum(dim=(1, 2, 3)).mean()
+    torch.testing.assert_close(common.reconstruction_term(logits, x), reference)
+
+
+def test_reconstruction_term_stays_exact_where_a_sigmoid_would_saturate():
+    logits = torch.full((1, 1, 28, 28), 200.0)
+    assert common.reconstruction_term(logits, torch.zeros_like(logits)).item() == pytest.approx(200 * 784)
+
+
+def test_losses_compose_as_the_papers_say(mnist):
+    x = common.to_pixels(mnist.train_images[:32])
+    models = build("VAE")
+
+    def seeded(loss_fn):
+        torch.manual_seed(1)  # the same z
+        return loss_fn(*models, x)
+
+    loss, terms = seeded(vae.vae_loss)
+    torch.testing.assert_close(loss, terms["recon"] + terms["kl"])
+    assert terms["elbo"] == -loss
+    for beta in (0.5, 1.0, 4.0):
+        objective, same_terms = seeded(partial(beta_vae.beta_vae_loss, beta=beta))
+        torch.testing.assert_close(objective, terms["recon"] + beta * terms["kl"])
+        assert same_terms == terms, "the terms and the plain ELBO do not depend on beta"
+        if beta == 1:
+            torch.testing.assert_close(objective, loss)
+
+
+def test_the_loss_does_not_depend_on_how_images_are_batched(mnist, monkeypatch):
+    encoder, decoder = build("AE")
+    whole, _ = ae.ae_loss(encoder, decoder, common.to_pixels(mnist.test_images))
+    for batch in (1, 7, 128, 300, 1000):  # 7 and 128 leave a short last batch
+        monkeypatch.setattr(common, "EVAL_BATCH", batch)
+        split = common.evaluate(encoder, decoder, mnist.test_images, ae.ae_loss)
+        assert split["loss"] == split["recon"] == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_mse_is_that_of_reconstructions_from_the_mean(mnist):
+    encoder, decoder = build("VAE")
+    x = common.to_pixels(mnist.test_images)
+    mu, logvar = common.encode(encoder, mnist.test_images)
+    reference = torch.nn.functional.mse_loss(decoder(encoder(x)[0]), x).item()
+    assert common.reconstruction_mse(decoder, mu, mnist.test_images) == pytest.approx(reference, rel=1e-5)
+    torch.testing.assert_close(logvar, encoder(x)[1])
+
+
+def test_samples_of_the_ae_have_the_mean_and_covariance_of_its_codes():
+    torch.manual_seed(0)
+    codes = torch.randn(500, 3) @ torch.tensor([[2.0, 0, 0], [1, 1, 0], [0, 0, 0]]) + 5  # one latent is dead
+    samples = ae.sample_codes(codes, 50_000)
+    torch.testing.assert_close(samples.mean(dim=0), codes.mean(dim=0), atol=0.05, rtol=0)
+    torch.testing.assert_close(samples.T.cov(), codes.T.cov(), atol=0.1, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Behaviour
+# ------------------------------------------------------------------------------------------------
+
+
+def test_encoder_returns_the_mean_for_an_ae_and_a_triple_for_a_vae():
+    x = torch.rand(6, 1, 28, 28)
+    ae_encoder, vae_encoder = build("AE")[0], build("VAE")[0]
+    mu = ae_encoder(x)
+    assert mu.shape == (6, 5)
+    vae_mu, logvar, z = vae_encoder(x)
+    assert logvar.shape == z.shape == (6, 5)
+    assert torch.equal(mu, vae_mu), "one seed gives both the same weights"
+    with pytest.raises(ValueError, match="GAN"):
+        common.Encoder(NARROW, 5, "GAN")
+
+
+def test_reparameterize_has_the_mean_and_variance_it_is_given():
+    encoder, _ = build("VAE")
+    mu, logvar = torch.tensor([[-3.0, 0.0, 2.0]]), torch.tensor([[-2.0, 0.0, 1.0]])
+    z = encoder.reparameterize(mu.expand(200_000, 3), logvar.expand(200_000, 3))
+    torch.testing.assert_close(z.mean(dim=0), mu[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(z.var(dim=0), logvar[0].exp(), atol=0, rtol=0.02)
+
+
+def test_reparameterize_passes_gradients_to_both_inputs():
+    encoder, _ = build("VAE")
+    mu, logvar = torch.zeros(4, 5, requires_grad=True), torch.zeros(4, 5, requires_grad=True)
+    z = encoder.reparameterize(mu, logvar)
+    z.sum().backward()
+    assert torch.equal(mu.grad, torch.ones(4, 5))  # dz/dmu = 1
+    torch.testing.assert_close(logvar.grad, 0.5 * z.detach())  # dz/dlogvar = eps std / 2, here z / 2
+
+
+def test_decoder_gives_images_in_the_unit_interval_and_their_logits():
+    _, decoder = build("VAE")
+    z = 100 * torch.randn(6, 5)
+    images = decoder(z)
+    assert images.shape == (6, 1, 28, 28)
+    assert images.min() >= 0 and images.max() <= 1
+    torch.testing.assert_close(images, decoder.logits(z).sigmoid())
+
+
+@pytest.mark.parametrize("loss_fn", [ae.ae_loss, vae.vae_loss, partial(beta_vae.beta_vae_loss, beta=4)])
+def test_the_loss_falls_when_a_model_overfits_one_batch(mnist, loss_fn):
+    encoder, decoder = build("AE" if loss_fn is ae.ae_loss else "VAE")
+    x = common.to_pixels(mnist.train_images[:32])
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
+    losses = []
+    for _ in range(200):
+        loss, _ = loss_fn(encoder, decoder, x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_training_lowers_the_test_loss_of_unseen_images(mnist, tmp_path):
+    *_, history = train(mnist, tmp_path, epochs=8)
+    assert history[-1]["test_loss"] < 0.8 * history[0]["test_loss"]
+
+
+def test_one_seed_gives_the_same_run_to_the_bit_and_another_does_not(mnist, tmp_path):
+    first, again, other = (train(mnist, tmp_path, seed) for seed in (3, 3, 4))
+    assert torch.equal(weights(*first[:2]), weights(*again[:2]))
+    assert not torch.equal(weights(*first[:2]), weights(*other[:2]))
+    timeless = [[{**row, "seconds": 0} for row in run[2]] for run in (first, again, other)]
+    assert timeless[0] == timeless[1] != timeless[2]
+
+
+def test_learning_rate_warms_up_over_a_tenth_and_falls_to_zero():
+    rates = [common.learning_rate(step, 1000, 2e-3) for step in range(1000)]
+    assert rates[99] == max(rates) == 2e-3
+    assert rates[49] == pytest.approx(1e-3) and rates[549] == pytest.approx(1e-3, rel=0.01)
+    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert 0 < rates[-1] < 1e-7
+    assert common.learning_rate(0, 1, 2e-3) == 2e-3  # a run of one step
+
+
+def test_load_model_gives_back_the_trained_weights_and_arguments(mnist, tmp_path):
+    encoder, decoder, _ = train(mnist, tmp_path, epochs=1)
+    loaded_encoder, loaded_decoder, args = common.load_model(tmp_path)
+    assert torch.equal(weights(encoder, decoder), weights(loaded_encoder, loaded_decoder))
+    assert args.latent_dim == 5 and args.hidden_dims == NARROW and loaded_encoder.model_name == "VAE"
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole runs, each in a process of its own, on the real images
+# ------------------------------------------------------------------------------------------------
+
+FIGURES = ["reconstructions", "samples", "interpolations", "loss_curves", "latent_space"]
+LATENT_FIGURES = ["traversals", "kl_per_dimension"]
+TERMS = ["loss", "recon", "kl", "elbo"]
+
+
+@pytest.mark.parametrize(
+    "command, figures, terms",
+    [
+        ("ae.py", FIGURES, TERMS[:2]),
+        ("vae.py", FIGURES + LATENT_FIGURES, TERMS),
+        ("beta_vae.py --beta 2 --latent-dim 2", FIGURES + LATENT_FIGURES + ["manifold"], TERMS),
+    ],
+)
+def test_a_script_leaves_every_figure_and_finite_numbers(command, figures, terms, tmp_path):
+    script, *flags = command.split()
+    small = ["--epochs", "1", "--limit", "512", "--hidden-dims", "8", "16", "16", "32", "--device", "cpu"]
+    run = [sys.executable, ROOT / script, *flags, *small, "--data", ROOT / "data"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    out = tmp_path / "runs" / Path(script).stem
+
+    expected = {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf")}
+    assert {file.name for file in out.iterdir()} == expected | {"history.csv", "metrics.json", "checkpoint.pt"}
+    for figure in figures:
+        assert imread(out / f"{figure}.png").std() > 0.01, f"{figure} is blank"
+        assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+
+    (row,) = csv.DictReader((out / "history.csv").open())
+    names = [f"{split}_{term}" for split in ("train", "test") for term in terms]
+    assert list(row) == ["epoch", "lr", *names, "seconds"]
+    assert all(math.isfinite(float(value)) for value in row.values())
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == {"args", "protocol", "test", "train", "environment"}
+    assert set(metrics["test"]) == {*terms, "mse"}
+    assert all(math.isfinite(value) for value in metrics["test"].values())
+    for term in terms:
+        assert metrics["test"][term] == float(row[f"test_{term}"])
+    if "elbo" in terms:
+        assert metrics["test"]["elbo"] == pytest.approx(-metrics["test"]["recon"] - metrics["test"]["kl"])
+
+    encoder, decoder, args = common.load_model(out)
+    assert metrics["train"]["parameters"] == weights(encoder, decoder).numel()
+    assert decoder(torch.randn(4, args.latent_dim)).shape == (4, 1, 28, 28)
+
+
+def test_a_second_run_takes_the_next_folder_and_keeps_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    claimed = [common.claim_folder(Path("runs/vae"), numbered=True) for _ in range(3)]
+    assert claimed == [Path("runs/vae"), Path("runs/vae-2"), Path("runs/vae-3")]
+
+
+def test_overwrite_clears_the_old_run_and_nothing_else(tmp_path):
+    for name in ("metrics.json", "manifold.png", "notes.txt", "my_samples.png"):
+        (tmp_path / name).write_text("old")
+    common.claim_folder(tmp_path, numbered=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["my_samples.png", "notes.txt"]
+
+
+REFUSED = [
+    "--device gpu",
+    "--device cuda:99",
+    "--device cuda:-1",
+    "--epochs 0",
+    "--epochs -1",
+    "--epochs 1.5",
+    "--batch-size 0",
+    "--batch-size 257 --limit 256",
+    "--limit 0",
+    "--limit 60001",
+    "--lr 0",
+    "--lr -1",
+    "--lr nan",
+    "--lr inf",
+    "--latent-dim 0",
+    "--hidden-dims 4 8 8",
+    "--hidden-dims 4 8 8 0",
+    "--seed -1",
+    "--no-such-flag",
+    "--out file",
+    "--out file/below",
+    "--out occupied",
+    "--data file",
+]
+
+
+@pytest.mark.parametrize("script", [ae, vae, beta_vae], ids=["ae", "vae", "beta_vae"])
+@pytest.mark.parametrize("flags", [*REFUSED, "--device cuda", "--beta 0", "--beta -1", "--beta nan"])
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(script, flags, tmp_path, monkeypatch, capsys):
+    if flags == "--device cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "metrics.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as refusal:
+        script.main(["--data", str(ROOT / "data"), *flags.split()])
+    error = capsys.readouterr().err
+    assert refusal.value.code == 2
+    assert error.count("\n") == 1 and flags.split()[0] in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_data_without_a_network_names_the_files_and_their_folder(tmp_path, monkeypatch, capsys):
+    def no_network(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
+    with pytest.raises(SystemExit) as refusal:
+        vae.main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert refusal.value.code == 2 and error.count("\n") == 1
+    assert "train-images-idx3-ubyte.gz" in error and str(tmp_path / "none" / "MNIST" / "raw") in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_ends_a_process_with_code_2_and_no_traceback(tmp_path):
+    run = [sys.executable, ROOT / "beta_vae.py", "--beta", "-4", "--data", ROOT / "data"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
+    assert done.stderr == "beta_vae.py: error: argument --beta: '-4' is not a finite number above 0\n"
