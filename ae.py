@@ -15,6 +15,7 @@ from common import (
     Encoder,
     encode,
     make_parser,
+    parse_args,
     plot_interpolations,
     plot_latent_space,
     plot_loss_curves,
@@ -48,24 +49,25 @@ def sample_codes(codes, n):
 
 def main(argv=None):
     parser = make_parser("ae", __doc__)
-    args = parser.parse_args(argv)
-    data, out = start_run(parser, args)
-    device = data.train_images.device
+    args = parse_args(parser, argv)
+    with start_run(parser, args) as (data, out):
+        device = data.train_images.device
+        seed_epoch(args.seed, 0)
+        encoder = Encoder(args.hidden_dims, args.latent_dim, "AE").to(device)
+        decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
+        history = train_model(encoder, decoder, data, ae_loss, args, out)
 
-    seed_epoch(args.seed, 0)
-    encoder = Encoder(args.hidden_dims, args.latent_dim, "AE").to(device)
-    decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
-    history = train_model(encoder, decoder, data, ae_loss, args, out)
-
-    mu, _ = encode(encoder, data.test_images)
-    save_metrics(encoder, decoder, data, mu, history, args, out)
-    titles = {"recon": "reconstruction"}
-    plot_loss_curves(history, titles, out)
-    plot_reconstructions(decoder, mu, data.test_images, data.test_labels, out)
-    torch.manual_seed(EVAL_SEED)
-    plot_samples(decoder, sample_codes(mu, 100), out, "Samples of a Gaussian fitted to the codes: an AE has no prior")
-    plot_interpolations(decoder, mu, data.test_labels, out)
-    plot_latent_space(mu, data.test_labels, out)
+        mu, _ = encode(encoder, data.test_images)
+        save_metrics(encoder, decoder, data, mu, history, args, out)
+        titles = {"recon": "reconstruction"}
+        plot_loss_curves(history, titles, out)
+        plot_reconstructions(decoder, mu, data.test_images, data.test_labels, out)
+        torch.manual_seed(EVAL_SEED)
+        plot_samples(
+            decoder, sample_codes(mu, 100), out, "Samples of a Gaussian fitted to the codes: an AE has no prior"
+        )
+        plot_interpolations(decoder, mu, data.test_labels, out)
+        plot_latent_space(mu, data.test_labels, out)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from common import (
     encode,
     kl_divergence,
     make_parser,
+    parse_args,
     plot_interpolations,
     plot_kl_per_dimension,
     plot_latent_space,
@@ -52,29 +53,28 @@ def main(argv=None):
     parser = make_parser("beta_vae", __doc__)
     objective = parser.add_argument_group("objective")
     objective.add_argument("--beta", type=positive_float, default=4.0, help="weight of the KL term")
-    args = parser.parse_args(argv)
-    data, out = start_run(parser, args)
-    device = data.train_images.device
+    args = parse_args(parser, argv)
+    with start_run(parser, args) as (data, out):
+        device = data.train_images.device
+        seed_epoch(args.seed, 0)
+        encoder = Encoder(args.hidden_dims, args.latent_dim, "VAE").to(device)
+        decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
+        loss_fn = partial(beta_vae_loss, beta=args.beta)
+        history = train_model(encoder, decoder, data, loss_fn, args, out)
 
-    seed_epoch(args.seed, 0)
-    encoder = Encoder(args.hidden_dims, args.latent_dim, "VAE").to(device)
-    decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
-    loss_fn = partial(beta_vae_loss, beta=args.beta)
-    history = train_model(encoder, decoder, data, loss_fn, args, out)
-
-    mu, logvar = encode(encoder, data.test_images)
-    save_metrics(encoder, decoder, data, mu, history, args, out)
-    titles = {"loss": f"objective, $\\beta$ = {args.beta:g}", "elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
-    plot_loss_curves(history, titles, out)
-    plot_reconstructions(decoder, mu, data.test_images, data.test_labels, out)
-    torch.manual_seed(EVAL_SEED)
-    plot_samples(decoder, torch.randn(100, args.latent_dim).to(device), out, r"Samples, $z \sim N(0, I)$")
-    plot_interpolations(decoder, mu, data.test_labels, out)
-    plot_latent_space(mu, data.test_labels, out)
-    plot_kl_per_dimension(mu, logvar, out)
-    plot_traversals(decoder, mu, logvar, out)
-    if args.latent_dim == 2:
-        plot_manifold(decoder, out)
+        mu, logvar = encode(encoder, data.test_images)
+        save_metrics(encoder, decoder, data, mu, history, args, out)
+        titles = {"loss": f"objective, $\\beta$ = {args.beta:g}", "elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
+        plot_loss_curves(history, titles, out)
+        plot_reconstructions(decoder, mu, data.test_images, data.test_labels, out)
+        torch.manual_seed(EVAL_SEED)
+        plot_samples(decoder, torch.randn(100, args.latent_dim).to(device), out, r"Samples, $z \sim N(0, I)$")
+        plot_interpolations(decoder, mu, data.test_labels, out)
+        plot_latent_space(mu, data.test_labels, out)
+        plot_kl_per_dimension(mu, logvar, out)
+        plot_traversals(decoder, mu, logvar, out)
+        if args.latent_dim == 2:
+            plot_manifold(decoder, out)
 
 
 if __name__ == "__main__":

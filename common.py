@@ -5,15 +5,19 @@ over pixels or latents, averaged over the batch.
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
-import itertools
+import io
 import json
 import math
 import os
 import platform
 import shutil
+import signal
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +28,14 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
 from torch import nn
+from torchvision.datasets import MNIST
+from torchvision.datasets.utils import check_integrity
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
 
 EVAL_SEED = 0  # of the samples z behind every test number, whatever the run's own seed is
 EVAL_BATCH = 500  # test images at a time; bounds the memory of evaluation
@@ -46,15 +58,29 @@ def load_mnist(root, device="cpu", limit=None):
     """Load MNIST onto `device`, from the archives in root/MNIST/raw or else by download.
 
     limit: keep the first `limit` training images; the test set always stays whole.
-    Raises RuntimeError if the images are neither there nor to be had.
+    Raises RuntimeError that names the archives which are neither there, whole, nor to be had.
     """
-    try:
-        train, test = (torchvision.datasets.MNIST(root, train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        names = ", ".join(name for name, _ in torchvision.datasets.MNIST.resources)
-        raise RuntimeError(
-            f"no MNIST in {root} and no download: put {names} into {Path(root) / 'MNIST' / 'raw'}"
-        ) from error
+    raw = Path(root) / "MNIST" / "raw"
+    absent = [name for name, md5 in MNIST.resources if not check_integrity(raw / name, md5)]
+    # Unpacked anew in a folder of this process alone: no damaged or half-written file is ever
+    # trained on, and two runs that start together do not meet.
+    with tempfile.TemporaryDirectory() as private:
+        unpacked = Path(private) / "MNIST" / "raw"
+        unpacked.mkdir(parents=True)
+        for name, _ in MNIST.resources:
+            if name not in absent:
+                shutil.copy(raw / name, unpacked)
+        try:
+            train, test = (MNIST(private, train, download=True) for train in (True, False))
+        except (OSError, RuntimeError) as error:
+            names = ", ".join(absent) or "MNIST"
+            raise RuntimeError(
+                f"{names}: missing or damaged in {raw}, and no download; put the original there"
+            ) from error
+        for name in absent:
+            raw.mkdir(parents=True, exist_ok=True)
+            with replacing(raw / name) as beside:
+                shutil.copy(unpacked / name, beside)
     return Mnist(
         train.data[:limit, None].to(device),  # (N, 28, 28) -> (N, 1, 28, 28)
         train.targets[:limit].to(device),
@@ -235,11 +261,15 @@ def learning_rate(step, total_steps, peak):
 def train_model(encoder, decoder, data, loss_fn, args, out):
     """Train on data.train_images with Adam; after each epoch test, and write history and checkpoint.
 
+    With args.resume, goes on from the checkpoint in `out`, if there is one.
+
     encoder, decoder: on the device of `data`.
     loss_fn(encoder, decoder, x): x (B, 1, 28, 28) in [0, 1]; returns the loss and its named terms,
         scalars in nats per image.
-    args: epochs, batch_size, lr, seed, and what else the checkpoint shall remember.
-    Returns the history, one dict an epoch; its seconds are those of the training steps alone.
+    args: epochs, batch_size, lr, seed, resume, and what else the checkpoint shall remember.
+    Returns the history, one dict an epoch; its seconds are those of the training steps alone. After
+    Ctrl-C that and the models are the last checkpoint's, or KeyboardInterrupt is raised if there is none.
+    Raises FloatingPointError at the end of an epoch with a loss or term that is not finite.
     """
     images, device = data.train_images, data.train_images.device
     dtype, reason = pick_precision(device)
@@ -254,6 +284,8 @@ def train_model(encoder, decoder, data, loss_fn, args, out):
     optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=device.type != "mps")
     steps = len(images) // args.batch_size
     history = []
+    if args.resume and (Path(out) / "checkpoint.pt").exists():
+        history = restore(encoder, decoder, optimizer, out)
 
     def training_step(index):
         x = to_pixels(images[index])
@@ -264,28 +296,49 @@ def train_model(encoder, decoder, data, loss_fn, args, out):
         optimizer.step()
         return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
 
-    for epoch in range(1, args.epochs + 1):
-        seed_epoch(args.seed, epoch)
-        start = time.perf_counter()
-        # Full batches only; which images are left over differs from epoch to epoch.
-        order = torch.randperm(len(images), device=device)[: steps * args.batch_size]
-        totals = {}  # on the device: reading them would stall each step
-        for step, index in enumerate(order.split(args.batch_size)):
-            lr = learning_rate((epoch - 1) * steps + step, args.epochs * steps, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            for name, value in training_step(index).items():
-                totals[name] = totals.get(name, 0) + value
-            if step + 1 < steps:
-                show_progress(history, epoch, args, step + 1, steps, time.perf_counter() - start)
-        train = {f"train_{name}": value.item() / steps for name, value in totals.items()}  # waits for the device
-        elapsed = time.perf_counter() - start
-        test = {f"test_{name}": value for name, value in evaluate(encoder, decoder, data.test_images, loss_fn).items()}
-        history.append({"epoch": epoch, "lr": lr, **train, **test, "seconds": elapsed})
-        save_history(history, out)
-        save_checkpoint(encoder, decoder, optimizer, history, args, out)
-        show_progress(history, epoch, args, steps, steps, elapsed)
+    with deferred_interrupt() as stop:
+        for epoch in range(len(history) + 1, args.epochs + 1):
+            seed_epoch(args.seed, epoch)
+            start = time.perf_counter()
+            # Full batches only; which images are left over differs from epoch to epoch.
+            order = torch.randperm(len(images), device=device)[: steps * args.batch_size]
+            totals = {}  # on the device: reading them would stall each step
+            for step, index in enumerate(order.split(args.batch_size)):
+                lr = learning_rate((epoch - 1) * steps + step, args.epochs * steps, args.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                for name, value in training_step(index).items():
+                    totals[name] = totals.get(name, 0) + value
+                if stop.is_set():
+                    if not history:
+                        raise KeyboardInterrupt
+                    return restore(encoder, decoder, optimizer, out)
+                if step + 1 < steps:
+                    show_progress(history, epoch, args, step + 1, steps, time.perf_counter() - start)
+            train = {f"train_{name}": value.item() / steps for name, value in totals.items()}  # waits for the device
+            elapsed = time.perf_counter() - start
+            test = {
+                f"test_{name}": value for name, value in evaluate(encoder, decoder, data.test_images, loss_fn).items()
+            }
+            for name, value in {**train, **test}.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{name} is {value} in epoch {epoch}: try an --lr below {args.lr:g}")
+            history.append({"epoch": epoch, "lr": lr, **train, **test, "seconds": elapsed})
+            save_history(history, out)
+            save_checkpoint(encoder, decoder, optimizer, history, args, out)
+            show_progress(history, epoch, args, steps, steps, elapsed)
     return history
+
+
+@contextlib.contextmanager
+def deferred_interrupt():
+    """Turn Ctrl-C into an event for the training loop to read between steps, where nothing is half done."""
+    stop = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def show_progress(history, epoch, args, done, steps, elapsed):
@@ -381,7 +434,8 @@ FIGURES = (
 
 def save_figure(figure, out, name):
     for suffix in ("png", "pdf"):
-        figure.savefig(Path(out) / f"{name}.{suffix}")
+        with replacing(Path(out) / f"{name}.{suffix}") as beside:
+            figure.savefig(beside, format=suffix)
 
 
 @matplotlib.rc_context(STYLE)
@@ -391,7 +445,7 @@ def plot_grid(images, out, name, title, row_labels=(), column_labels=()):
     tiled = images.permute(0, 2, 1, 3).reshape(rows * 28, columns * 28)  # (rows * 28, columns * 28)
     figure = Figure(figsize=(WIDTH, WIDTH * (rows + 0.6) / (columns + (1.5 if row_labels else 0))), layout="compressed")
     ax = figure.add_subplot()
-    ax.imshow(tiled.cpu(), vmin=0, vmax=1, interpolation="none")
+    ax.imshow(tiled.cpu().numpy(), vmin=0, vmax=1, interpolation="none")
     ax.set_title(title)
     ax.set_yticks([28 * row + 14 for row in range(len(row_labels))], row_labels)
     ax.set_xticks([28 * column + 14 for column in range(len(column_labels))], column_labels)
@@ -464,11 +518,11 @@ def plot_latent_space(mu, labels, out):
         points = centred @ directions[:2].T
         explained = singular.square() / singular.square().sum()
         axis_labels = [f"principal component {i + 1} of $\\mu$ ({explained[i]:.0%})" for i in range(2)]
-    points, labels = points.cpu(), labels.cpu()
+    points, labels = points.T.cpu().numpy(), labels.tolist()
     figure = Figure(figsize=(WIDTH, 0.88 * WIDTH), layout="constrained")
     ax = figure.add_subplot()
     # In the test set's order, so that no digit is drawn on top of all others; a bitmap in the PDF too.
-    ax.scatter(*points.T, s=1, linewidths=0, c=[DIGIT_COLOURS[label] for label in labels], rasterized=True)
+    ax.scatter(*points, s=1, linewidths=0, c=[DIGIT_COLOURS[label] for label in labels], rasterized=True)
     handles = [ax.scatter([], [], s=12, c=colour, label=digit) for digit, colour in enumerate(DIGIT_COLOURS)]
     ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1], aspect="equal")
     figure.legend(handles=handles, title="digit", loc="outside right center", frameon=False, handletextpad=0.1)
@@ -481,7 +535,7 @@ def plot_kl_per_dimension(mu, logvar, out):
     kl, order = kl_per_latent(mu, logvar).sort(descending=True)
     figure = Figure(figsize=(WIDTH, 0.5 * WIDTH), layout="constrained")
     ax = figure.add_subplot()
-    ax.bar(range(len(kl)), kl.cpu())
+    ax.bar(range(len(kl)), kl.tolist())
     if len(kl) <= 30:
         ax.set_xticks(range(len(kl)), order.tolist())
     ax.set(xlabel="latent, sorted by KL", ylabel="KL (nats per image)", title=f"Sum over latents: {kl.sum():.1f} nats")
@@ -522,8 +576,19 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a path to write to, and move it to `path` once it is whole: what fails leaves the old file."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def save_history(history, out):
-    with open(Path(out) / "history.csv", "w", newline="") as file:
+    with replacing(Path(out) / "history.csv") as beside, open(beside, "w", newline="") as file:
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
         writer.writerows(history)
@@ -539,7 +604,46 @@ def save_checkpoint(encoder, decoder, optimizer, history, args, out):
         "decoder": decoder.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    torch.save(checkpoint, Path(out) / "checkpoint.pt")
+    buffer = io.BytesIO()  # a full disk is then a plain OSError, which torch.save to a path does not raise
+    torch.save(checkpoint, buffer)
+    with replacing(Path(out) / "checkpoint.pt") as beside:
+        beside.write_bytes(buffer.getbuffer())
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; says in one line which and why."""
+
+
+def read_checkpoint(folder):
+    """The content of folder/checkpoint.pt, on the CPU; FileNotFoundError without one, CheckpointError if it is bad."""
+    path = Path(folder) / "checkpoint.pt"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # a pickle that runs code is refused
+        known = {"model_name", "args", "epoch", "history", "encoder", "decoder", "optimizer"} <= set(checkpoint)
+        known = known and len(checkpoint["history"]) == checkpoint["epoch"] > 0
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damaged bytes raise all sorts of errors
+        raise CheckpointError(f"{path} is damaged or no checkpoint") from error
+    if not known:
+        raise CheckpointError(f"{path} is no checkpoint of these scripts")
+    return checkpoint
+
+
+def load_weights(checkpoint, encoder, decoder, folder):
+    try:
+        encoder.load_state_dict(checkpoint["encoder"])
+        decoder.load_state_dict(checkpoint["decoder"])
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{Path(folder) / 'checkpoint.pt'} holds weights of another shape") from error
+
+
+def restore(encoder, decoder, optimizer, folder):
+    """Take weights and optimizer state from the checkpoint in `folder`; returns its history."""
+    checkpoint = read_checkpoint(folder)
+    load_weights(checkpoint, encoder, decoder, folder)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["history"]
 
 
 def save_metrics(encoder, decoder, data, mu, history, args, out):
@@ -572,7 +676,7 @@ def save_metrics(encoder, decoder, data, mu, history, args, out):
             "parameters": sum(p.numel() for p in [*encoder.parameters(), *decoder.parameters()]),
         },
         "environment": {
-            "script": Path(sys.argv[0]).name,
+            "script": args.script,
             "device": device_name(device),
             "precision": str(pick_precision(device)[0]).removeprefix("torch."),
             "python": platform.python_version(),
@@ -580,29 +684,27 @@ def save_metrics(encoder, decoder, data, mu, history, args, out):
             "torchvision": torchvision.__version__,
         },
     }
-    (Path(out) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    with replacing(Path(out) / "metrics.json") as beside:
+        beside.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def peak_memory_mb(device):
     """Peak memory in MiB: of the GPU's allocator on CUDA, else of the process; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
+    if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
 
 
 def load_model(folder):
-    """The trained (encoder, decoder, args) of a run folder, on the CPU."""
-    checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    """The trained (encoder, decoder, args) of a run folder, on the CPU. Errors: see `read_checkpoint`."""
+    checkpoint = read_checkpoint(folder)
     args = argparse.Namespace(**checkpoint["args"])
     encoder = Encoder(args.hidden_dims, args.latent_dim, checkpoint["model_name"])
     decoder = Decoder(args.latent_dim, args.hidden_dims)
-    encoder.load_state_dict(checkpoint["encoder"])
-    decoder.load_state_dict(checkpoint["decoder"])
+    load_weights(checkpoint, encoder, decoder, folder)
     return encoder, decoder, args
 
 
@@ -633,7 +735,7 @@ def checked(kind, accept, wanted):
     return parse
 
 
-positive_int = checked(int, lambda value: value >= 1, "a whole number from 1 up")
+positive_int = checked(int, lambda value: 1 <= value <= 1_000_000, "a whole number from 1 to 1000000")
 positive_float = checked(float, lambda value: 0 < value < math.inf, "a finite number above 0")
 train_size = checked(int, lambda value: 1 <= value <= 60_000, "a whole number from 1 to 60000")
 seed_value = checked(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
@@ -651,6 +753,7 @@ def make_parser(name, doc):
     free = f"the first of runs/{name}, runs/{name}-2, ... that is free"
     run.add_argument("--out", metavar="DIR", default=argparse.SUPPRESS, help=f"folder to write to (default: {free})")
     run.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    run.add_argument("--resume", metavar="DIR", help="go on with the run in DIR and its flags, or start it there")
     run.add_argument("--seed", type=seed_value, default=0, help="seed of weights, batches and noise")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     data = parser.add_argument_group("data")
@@ -664,52 +767,145 @@ def make_parser(name, doc):
     fit.add_argument("--epochs", metavar="N", type=positive_int, default=20, help="passes over the training images")
     fit.add_argument("--batch-size", metavar="N", type=positive_int, default=128, help="images per step")
     fit.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate of Adam")
+    parser.set_defaults(script=parser.prog)
     return parser
 
 
-def start_run(parser, args):
-    """Check the flags, load the data, claim the folder, in this order; returns (data, folder).
+def parse_args(parser, argv=None):
+    """Parse the flags; with --resume those that the run was started with count, unless given anew."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args
+    if "out" in args or args.overwrite:
+        parser.error("argument --resume: names the folder to go on in; leave out --out and --overwrite")
+    try:
+        checkpoint = read_checkpoint(args.resume)
+    except FileNotFoundError:
+        return args
+    except (CheckpointError, OSError) as error:
+        parser.error(f"argument --resume: {error}")
+    saved = checkpoint["args"]
+    if saved.get("script") != args.script:
+        parser.error(f"argument --resume: {args.resume} holds a run of {saved.get('script')}, not of {args.script}")
+    flags = []  # as text, so that saved values pass the same checks as typed ones
+    for name, value in saved.items():
+        if name not in ("script", "out", "overwrite", "resume"):
+            flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    args = parser.parse_args([*flags, *argv])
+    for name in ("latent_dim", "hidden_dims"):
+        if getattr(args, name) != saved.get(name):
+            parser.error(f"argument --{name.replace('_', '-')}: the run in {args.resume} has {saved.get(name)}")
+    return args
 
-    What is refused ends in one line with exit code 2, and nothing is written.
+
+@contextlib.contextmanager
+def start_run(parser, args):
+    """Check the flags, load the data, claim the folder, in this order; yields (data, folder).
+
+    What is refused ends in one line with exit code 2, before anything is written. What stops the run later
+    (full disk, no memory, divergence: 1; Ctrl-C: 130) ends in one line too, and the last checkpoint stays.
     """
     if args.batch_size > args.limit:
         parser.error(f"argument --batch-size: {args.batch_size} is more than the {args.limit} training images")
-    default = Path("runs", Path(parser.prog).stem)
-    wanted = Path(getattr(args, "out", default))
     try:
         device = pick_device(args.device)
     except ValueError as error:
         parser.error(f"argument --device: {error}")
-    if "out" in args and not args.overwrite and wanted.is_dir() and any(wanted.iterdir()):
-        parser.error(f"argument --out: {wanted} is not empty: name another folder, or add --overwrite")
-    above = next(folder for folder in (wanted, *wanted.absolute().parents) if folder.exists())
+    folder = Path(args.resume or getattr(args, "out", Path("runs", Path(args.script).stem)))
+    flag = "--resume" if args.resume else "--out"
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        parser.error(f"argument --out: {above} is {'not writable' if above.is_dir() else 'a file'}")
+        parser.error(f"argument {flag}: {above} is {'not writable' if above.is_dir() else 'a file'}")
+    fresh = not args.overwrite and not args.resume
+    if "out" in args and fresh and holds_files(folder):
+        parser.error(f"argument --out: {folder} is not empty; name another folder or add --overwrite")
+    if Path(args.data).is_file():
+        parser.error(f"argument --data: {args.data} is a file; name the folder that holds MNIST/raw")
     try:
         data = load_mnist(args.data, device, args.limit)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         parser.error(f"argument --data: {error}")
     try:
-        args.out = str(claim_folder(wanted, numbered="out" not in args and not args.overwrite))
+        folder, lock = claim_folder(folder, numbered="out" not in args and fresh)
+    except BlockingIOError:
+        parser.error(f"argument {flag}: another run writes to {folder} now")
     except OSError as error:
-        parser.error(f"argument --out: cannot make {wanted}: {error.strerror}")
-    return data, Path(args.out)
+        parser.error(f"argument {flag}: cannot write to {folder}: {error.strerror}")
+    with lock:
+        if fresh and holds_files(folder):  # another run came and went since the first look
+            parser.error(f"argument --out: {folder} is not empty; name another folder or add --overwrite")
+        args.out = str(folder)
+        resume = f"go on with: python {args.script} --resume {folder}"
+        try:
+            if args.overwrite:
+                clear_folder(folder)
+            if device.type == "cpu":
+                limit_memory()
+            yield data, folder
+            if read_checkpoint(folder)["epoch"] < args.epochs:
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            parser.exit(130, f"{parser.prog}: interrupted; {resume}\n")
+        except FloatingPointError as error:
+            parser.exit(1, f"{parser.prog}: error: {error}\n")
+        except CheckpointError as error:
+            parser.error(error)
+        except OSError as error:
+            parser.exit(1, f"{parser.prog}: error: {error.strerror or error} in {folder}; then {resume}\n")
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            parser.exit(1, f"{parser.prog}: error: out of memory; try a smaller --batch-size or model\n")
+    print(f"figures and numbers are in {folder}")
 
 
-def claim_folder(wanted, numbered):
-    """Make the folder `wanted` or, if `numbered`, the first of wanted, wanted-2, ... that is not there.
+def holds_files(folder):
+    return folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())
 
-    What an earlier run left in it goes, so that the folder never holds a mix of two runs.
+
+def claim_folder(folder, numbered):
+    """Make and lock `folder` or, if `numbered`, the first of folder, folder-2, ... that is not there.
+
+    Returns it and the lock, held until closed. BlockingIOError: another run holds it.
     """
-    if numbered:
-        for folder in itertools.chain([wanted], (Path(f"{wanted}-{i}") for i in itertools.count(2))):
-            try:
-                folder.mkdir(parents=True)  # makes or fails in one step: two runs never get one folder
-                return folder
-            except FileExistsError:
-                continue
-    wanted.mkdir(parents=True, exist_ok=True)
+    first, number = folder, 1
+    while numbered:
+        try:
+            folder.mkdir(parents=True)  # makes or fails in one step: two runs never get one folder
+            break
+        except FileExistsError:
+            number += 1
+            folder = first.with_name(f"{first.name}-{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    if fcntl:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
+        except BlockingIOError:
+            lock.close()
+            raise
+    for stale in folder.glob(".*.tmp"):  # of a killed run
+        stale.unlink()
+    return folder, lock
+
+
+def clear_folder(folder):
+    """Remove what an earlier run wrote, and nothing else, so that the folder never holds a mix of two runs."""
     for name in ("checkpoint.pt", "metrics.json", "history.csv", *(f"{figure}.*" for figure in FIGURES)):
-        for stale in wanted.glob(name):
+        for stale in folder.glob(name):
             stale.unlink()
-    return wanted
+
+
+def limit_memory():
+    """Have allocations beyond the machine's memory fail, instead of the system killing the process."""
+    if resource and sys.platform == "linux":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft == resource.RLIM_INFINITY or soft > memory:
+            resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
+
+
+def out_of_memory(error):
+    signs = ("out of memory", "allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -3,8 +3,11 @@
 import csv
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +47,10 @@ def train(data, out, seed=0, epochs=2, loss_fn=vae.vae_loss):
 
 def weights(*models):
     return torch.cat([tensor.flatten() for model in models for tensor in model.state_dict().values()])
+
+
+def timeless(history):
+    return [{**row, "seconds": 0} for row in history]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -194,8 +201,7 @@ def test_one_seed_gives_the_same_run_to_the_bit_and_another_does_not(mnist, tmp_
     first, again, other = (train(mnist, tmp_path, seed) for seed in (3, 3, 4))
     assert torch.equal(weights(*first[:2]), weights(*again[:2]))
     assert not torch.equal(weights(*first[:2]), weights(*other[:2]))
-    timeless = [[{**row, "seconds": 0} for row in run[2]] for run in (first, again, other)]
-    assert timeless[0] == timeless[1] != timeless[2]
+    assert timeless(first[2]) == timeless(again[2]) != timeless(other[2])
 
 
 def test_learning_rate_warms_up_over_a_tenth_and_falls_to_zero():
@@ -241,7 +247,7 @@ def test_a_script_leaves_every_figure_and_finite_numbers(command, figures, terms
     out = tmp_path / "runs" / Path(script).stem
 
     expected = {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf")}
-    assert {file.name for file in out.iterdir()} == expected | {"history.csv", "metrics.json", "checkpoint.pt"}
+    assert {file.name for file in out.iterdir()} == expected | {"history.csv", "metrics.json", "checkpoint.pt", ".lock"}
     for figure in figures:
         assert imread(out / f"{figure}.png").std() > 0.01, f"{figure} is blank"
         assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
@@ -265,48 +271,282 @@ def test_a_script_leaves_every_figure_and_finite_numbers(command, figures, terms
     assert decoder(torch.randn(4, args.latent_dim)).shape == (4, 1, 28, 28)
 
 
-def test_a_second_run_takes_the_next_folder_and_keeps_the_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    claimed = [common.claim_folder(Path("runs/vae"), numbered=True) for _ in range(3)]
-    assert claimed == [Path("runs/vae"), Path("runs/vae-2"), Path("runs/vae-3")]
-
-
 def test_overwrite_clears_the_old_run_and_nothing_else(tmp_path):
     for name in ("metrics.json", "manifold.png", "notes.txt", "my_samples.png"):
         (tmp_path / name).write_text("old")
-    common.claim_folder(tmp_path, numbered=False)
+    common.clear_folder(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["my_samples.png", "notes.txt"]
 
 
+# ------------------------------------------------------------------------------------------------
+# Nothing lost: kills, full disks, damage, two runs at once
+# ------------------------------------------------------------------------------------------------
+
+QUICK = "--epochs 4 --limit 1280 --batch-size 64 --latent-dim 5 --hidden-dims 4 8 8 16 --device cpu --data".split()
+QUICK.append(str(ROOT / "data"))
+DIE = """
+import os, signal, common, vae
+calls, real = 0, {target}
+def dying(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.{signal})
+    return real(*args, **kwargs)
+{target} = dying
+vae.main({argv!r})
+"""
+
+
+def run_until(signal, target, call, argv, cwd):
+    """Run vae.py in a process that sends itself `signal` at a given call of a function."""
+    code = DIE.format(signal=signal, target=target, call=call, argv=argv)
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+
+
+def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
+    vae.main([*QUICK, "--out", str(tmp_path / "whole")])
+    argv = [*QUICK, "--resume", "killed"]  # one command line starts and goes on
+    moments = [
+        ("SIGKILL", "common.to_pixels", 3),  # in the first epoch: no checkpoint yet
+        ("SIGKILL", "common.os.replace", 2),  # a checkpoint written, but not yet moved into place
+        ("SIGKILL", "common.os.replace", 3),  # in place, with the history one epoch behind
+        ("SIGKILL", "common.to_pixels", 27),  # in the middle of an epoch
+        ("SIGINT", "common.to_pixels", 50),  # in the next
+    ]
+    epochs = []
+    for moment in moments:
+        done = run_until(*moment, argv, tmp_path)
+        assert done.returncode == (130 if moment[0] == "SIGINT" else -9), done.stderr
+        checkpoint = tmp_path / "killed" / "checkpoint.pt"
+        epochs.append(common.read_checkpoint(tmp_path / "killed")["epoch"] if checkpoint.exists() else 0)
+    assert epochs == [0, 0, 1, 1, 2]
+    # Ctrl-C, the last of them, has also drawn what was trained, and says how to go on.
+    assert done.stderr == "vae.py: interrupted; go on with: python vae.py --resume killed\n"
+    assert json.loads((tmp_path / "killed" / "metrics.json").read_text())["train"]["epochs"] == 2
+    assert (tmp_path / "killed" / "samples.png").exists()
+
+    vae.main(["--resume", str(tmp_path / "killed")])  # with its own flags
+
+    whole, killed = (common.read_checkpoint(tmp_path / name) for name in ("whole", "killed"))
+    for part in ("encoder", "decoder"):
+        for name, tensor in whole[part].items():
+            assert torch.equal(tensor, killed[part][name]), name
+    assert timeless(whole["history"]) == timeless(killed["history"]) and killed["epoch"] == 4
+    assert {file.name for file in (tmp_path / "whole").iterdir()} == {
+        file.name for file in (tmp_path / "killed").iterdir()
+    }
+
+
+def test_resume_takes_explicit_flags_and_refuses_another_shape_by_name(tmp_path, capsys):
+    quick = [*QUICK[2:], "--epochs", "1", "--lr", "1e-3", "--seed", "7"]
+    vae.main([*quick, "--out", str(tmp_path / "run")])
+    parser = common.make_parser("vae", vae.__doc__)
+    args = common.parse_args(parser, ["--resume", str(tmp_path / "run"), "--epochs", "3"])
+    assert (args.epochs, args.lr, args.seed, args.hidden_dims, args.limit) == (3, 1e-3, 7, NARROW, 1280)
+    capsys.readouterr()
+    for flags in ("--latent-dim 6", "--hidden-dims 4 8 8 8", "--out elsewhere", "--overwrite"):
+        with pytest.raises(SystemExit) as refusal:
+            vae.main(["--resume", str(tmp_path / "run"), *flags.split()])
+        error = capsys.readouterr().err
+        assert refusal.value.code == 2 and error.count("\n") == 1 and flags.split()[0] in error
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("pwned", "w"))
+
+
+def test_untrusted_checkpoints_are_refused_in_one_line(mnist, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(mnist, tmp_path, epochs=1)
+    path = tmp_path / "checkpoint.pt"
+    good = torch.load(path, weights_only=True)
+
+    def refused(wanted):
+        with pytest.raises(SystemExit) as refusal:
+            vae.main(["--resume", str(tmp_path), "--epochs", "3", "--data", str(ROOT / "data")])
+        error = capsys.readouterr().err
+        assert refusal.value.code == 2 and error.count("\n") == 1 and wanted in error
+
+    torch.save({**good, "evil": Evil()}, path)
+    refused("checkpoint.pt")
+    with pytest.raises(common.CheckpointError):
+        common.load_model(tmp_path)
+    assert not Path("pwned").exists()
+    torch.save(good, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused("damaged")
+    path.write_bytes(b"")
+    refused("damaged")
+    torch.save([1, 2], path)
+    refused("checkpoint.pt")
+    torch.save({"epoch": 1}, path)
+    refused("no checkpoint")
+    torch.save({**good, "args": {**good["args"], "script": "ae.py"}}, path)
+    refused("ae.py")
+    torch.save({**good, "args": {**good["args"], "epochs": -3}}, path)
+    refused("--epochs")
+    torch.save({**good, "args": {**good["args"], "latent_dim": 9}}, path)
+    refused("shape")
+
+
+@pytest.mark.skipif(common.resource is None, reason="needs a limit on file sizes")
+def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quick = [*QUICK[2:], "--out", "run"]
+    vae.main([*quick, "--epochs", "1"])
+    before = {file.name: file.read_bytes() for file in Path("run").iterdir()}
+    limits = common.resource.getrlimit(common.resource.RLIMIT_FSIZE)
+    train_model = vae.train_model
+
+    def on_a_full_disk(*args):
+        common.resource.setrlimit(common.resource.RLIMIT_FSIZE, (10_000, limits[1]))  # no file beyond 10 kB
+        return train_model(*args)
+
+    monkeypatch.setattr(vae, "train_model", on_a_full_disk)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            vae.main(["--resume", "run", "--epochs", "2"])
+    finally:
+        common.resource.setrlimit(common.resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "File too large" in error and "--resume run" in error
+    after = {file.name: file.read_bytes() for file in Path("run").iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"history.csv"} and set(after) == set(before)
+
+
+def test_divergence_names_the_term_and_keeps_the_last_good_checkpoint(mnist, tmp_path):
+    def diverging_loss(encoder, decoder, x):
+        loss, terms = vae.vae_loss(encoder, decoder, x)
+        good = not (tmp_path / "checkpoint.pt").exists()  # fine in the first epoch
+        return loss, {**terms, "kl": terms["kl"] * (1 if good else math.nan)}
+
+    with pytest.raises(FloatingPointError, match="train_kl is nan in epoch 2: try an --lr below 0.002"):
+        train(mnist, tmp_path, loss_fn=diverging_loss)
+    checkpoint = common.read_checkpoint(tmp_path)
+    assert checkpoint["epoch"] == 1 and all(tensor.isfinite().all() for tensor in checkpoint["encoder"].values())
+
+
+def test_a_diverging_run_ends_with_code_1_and_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vae.main([*QUICK, "--lr", "1e30", "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "in epoch 1: try an --lr below 1e+30" in error
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_model_beyond_the_memory_ends_in_one_line(tmp_path):
+    run = [sys.executable, ROOT / "vae.py", *QUICK, "--hidden-dims", "4", "8", "8", "1000000", "--latent-dim", "900000"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "vae.py: error: out of memory; try a smaller --batch-size or model\n"
+
+
+@pytest.fixture
+def archives(tmp_path, monkeypatch):
+    """A copy of the four archives, on a machine without a network."""
+
+    def no_network(url, root, filename, md5):
+        if not common.check_integrity(Path(root) / filename, md5):
+            raise RuntimeError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", no_network)
+    return Path(shutil.copytree(ROOT / "data" / "MNIST" / "raw", tmp_path / "MNIST" / "raw"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_bad_archive_is_named_and_never_trained_on(damage, archives, capsys):
+    archive = archives / "train-images-idx3-ubyte.gz"
+    content = bytearray(archive.read_bytes())
+    archive.unlink()
+    if damage == "truncated":
+        archive.write_bytes(content[:-5])
+    if damage == "flipped":
+        content[5_000_000] ^= 1
+        archive.write_bytes(content)
+    root = archives.parents[1]
+    with pytest.raises(SystemExit) as refusal:
+        vae.main(["--data", str(root), "--out", str(root / "out")])
+    error = capsys.readouterr().err
+    assert refusal.value.code == 2 and error.count("\n") == 1
+    assert archive.name in error and str(archives) in error and "t10k" not in error
+    assert not (root / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, bytes([0, 0, 8, 3, 0, 0, 234, 96, 0, 0, 0, 28, 0, 0, 0, 28])])
+def test_damaged_unpacked_files_are_never_read(content, archives):
+    for archive in archives.glob("*.gz"):
+        archive.with_suffix("").write_bytes(content)
+    data = common.load_mnist(archives.parents[1])
+    assert len(data.train_images) == 60_000 and len(data.test_images) == 10_000
+    assert data.train_images.float().mean().item() == pytest.approx(33.3184, abs=1e-3)
+    assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+
+
+def test_a_missing_archive_is_downloaded_once(archives, monkeypatch):
+    archive = archives / "t10k-labels-idx1-ubyte.gz"
+    content = archive.read_bytes()
+    archive.unlink()
+    monkeypatch.setattr(
+        "torchvision.datasets.utils.download_url",
+        lambda url, root, filename, md5: filename != archive.name or (Path(root) / filename).write_bytes(content),
+    )
+    common.load_mnist(archives.parents[1])
+    assert archive.read_bytes() == content
+
+
+def test_two_runs_never_get_one_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        claims = list(pool.map(lambda _: common.claim_folder(Path("runs/vae"), numbered=True), range(8)))
+    assert {str(folder) for folder, _ in claims} == {"runs/vae", *(f"runs/vae-{i}" for i in range(2, 9))}
+    for flags in ("--out runs/vae", "--out runs/vae --overwrite", "--resume runs/vae"):
+        with pytest.raises(SystemExit) as refusal:
+            vae.main([*QUICK, *flags.split()])
+        error = capsys.readouterr().err
+        assert refusal.value.code == 2 and error.count("\n") == 1 and "another run writes to runs/vae" in error
+    for _, lock in claims:
+        lock.close()
+    common.claim_folder(Path("runs/vae"), numbered=False)[1].close()  # free again
+
+
+# ------------------------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------------------------
+
+WHOLE = ["0", "-1", "1.5", "two", "nan", "inf", "1e3", "99999999999999999999"]
+REAL = ["0", "-1", "nan", "inf", "-inf", "1e999", "two"]
 REFUSED = [
+    *(f"{flag} {value}" for flag in ("--epochs", "--batch-size", "--limit", "--latent-dim") for value in WHOLE),
+    *(f"--seed {value}" for value in WHOLE[1:]),
+    *(f"--lr {value}" for value in REAL),
+    "--hidden-dims 4 8 8",
+    "--hidden-dims 4 8 8 16 32",
+    "--hidden-dims 4 8 8 0",
+    "--hidden-dims 4 8 8 nan",
+    "--batch-size 257 --limit 256",
+    "--limit 60001",
     "--device gpu",
     "--device cuda:99",
     "--device cuda:-1",
-    "--epochs 0",
-    "--epochs -1",
-    "--epochs 1.5",
-    "--batch-size 0",
-    "--batch-size 257 --limit 256",
-    "--limit 0",
-    "--limit 60001",
-    "--lr 0",
-    "--lr -1",
-    "--lr nan",
-    "--lr inf",
-    "--latent-dim 0",
-    "--hidden-dims 4 8 8",
-    "--hidden-dims 4 8 8 0",
-    "--seed -1",
+    "--device cuda:x",
+    "--device mps:7",
     "--no-such-flag",
+    "--epoch 3",
     "--out file",
     "--out file/below",
     "--out occupied",
+    "--resume file",
+    "--resume file/below",
     "--data file",
 ]
 
 
 @pytest.mark.parametrize("script", [ae, vae, beta_vae], ids=["ae", "vae", "beta_vae"])
-@pytest.mark.parametrize("flags", [*REFUSED, "--device cuda", "--beta 0", "--beta -1", "--beta nan"])
+@pytest.mark.parametrize("flags", [*REFUSED, "--device cuda", *(f"--beta {value}" for value in REAL)])
 def test_bad_input_is_refused_in_one_line_and_writes_nothing(script, flags, tmp_path, monkeypatch, capsys):
     if flags == "--device cuda" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
