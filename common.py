@@ -317,13 +317,12 @@ def train_model(encoder, decoder, data, loss_fn, args, out):
                     show_progress(history, epoch, args, step + 1, steps, time.perf_counter() - start)
             train = {f"train_{name}": value.item() / steps for name, value in totals.items()}  # waits for the device
             elapsed = time.perf_counter() - start
-            test = {
-                f"test_{name}": value for name, value in evaluate(encoder, decoder, data.test_images, loss_fn).items()
-            }
-            for name, value in {**train, **test}.items():
+            test = evaluate(encoder, decoder, data.test_images, loss_fn)
+            terms = {**train, **{f"test_{name}": value for name, value in test.items()}}
+            for name, value in terms.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{name} is {value} in epoch {epoch}: try an --lr below {args.lr:g}")
-            history.append({"epoch": epoch, "lr": lr, **train, **test, "seconds": elapsed})
+            history.append({"epoch": epoch, "lr": lr, **terms, "seconds": elapsed})
             save_history(history, out)
             save_checkpoint(encoder, decoder, optimizer, history, args, out)
             show_progress(history, epoch, args, steps, steps, elapsed)
@@ -404,6 +403,7 @@ STYLE = {
     "font.size": 7,
     "axes.titlesize": 7,
     "axes.labelsize": 7,
+    "figure.labelsize": 7,
     "xtick.labelsize": 6,
     "ytick.labelsize": 6,
     "legend.fontsize": 6,
@@ -439,14 +439,14 @@ def save_figure(figure, out, name):
 
 
 @matplotlib.rc_context(STYLE)
-def plot_grid(images, out, name, title, row_labels=(), column_labels=()):
+def plot_grid(images, out, name, title, row_labels=(), column_labels=(), xlabel=""):
     """Draw images (rows, columns, 28, 28) in [0, 1] edge to edge, with a label a row and a column."""
     rows, columns = images.shape[:2]
     tiled = images.permute(0, 2, 1, 3).reshape(rows * 28, columns * 28)  # (rows * 28, columns * 28)
     figure = Figure(figsize=(WIDTH, WIDTH * (rows + 0.6) / (columns + (1.5 if row_labels else 0))), layout="compressed")
     ax = figure.add_subplot()
     ax.imshow(tiled.cpu().numpy(), vmin=0, vmax=1, interpolation="none")
-    ax.set_title(title)
+    ax.set(title=title, xlabel=xlabel)
     ax.set_yticks([28 * row + 14 for row in range(len(row_labels))], row_labels)
     ax.set_xticks([28 * column + 14 for column in range(len(column_labels))], column_labels)
     ax.tick_params(length=0)
@@ -480,28 +480,29 @@ def plot_interpolations(decoder, mu, labels, out, steps=11):
     t = torch.linspace(0, 1, steps, device=mu.device)
     z = torch.lerp(ends[:, 0], ends[:, 1], t[:, None])  # (pair, steps, latent_dim)
     images = decoder(z.flatten(0, 1)).view(5, steps, 28, 28)
-    plot_grid(
-        images,
-        out,
-        "interpolations",
-        "Between the codes of two test images",
-        (),
-        [f"{weight:.1f}" for weight in t.tolist()],
-    )
+    columns = [f"{weight:.1f}" for weight in t.tolist()]
+    title = "Between the codes of two test images"
+    plot_grid(images, out, "interpolations", title, (), columns, "share of the second code")
 
 
 @matplotlib.rc_context(STYLE)
 def plot_loss_curves(history, terms, out):
-    """One panel a term, train and test, over epochs; `terms` maps the history's names to titles."""
+    """One panel a term, train and test, over epochs; `terms` maps the history's names to titles.
+
+    The axes fit the epochs after the first tenth, the warm-up: beside its fall the rest would be a flat line.
+    """
     figure = Figure(figsize=(WIDTH, 0.4 + 1.1 * len(terms)), layout="constrained")
     axes = figure.subplots(len(terms), sharex=True, squeeze=False)[:, 0]
     epochs = [row["epoch"] for row in history]
+    warmup = len(history) // 10
     for ax, (name, title) in zip(axes, terms.items()):
         for split in ("train", "test"):
             ax.plot(epochs, [row[f"{split}_{name}"] for row in history], marker=".", markersize=3, label=split)
-        ax.set_title(title)
+        shown = [row[f"{split}_{name}"] for split in ("train", "test") for row in history[warmup:]]
+        margin = 0.05 * (max(shown) - min(shown)) + 1e-9
+        ax.set(title=title, ylim=(min(shown) - margin, max(shown) + margin))
     figure.supylabel("nats per image")
-    axes[-1].set_xlabel("epoch")
+    axes[-1].set_xlabel("epoch" + (f" (the axes fit those from {warmup + 1} on)" if warmup else ""))
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     save_figure(figure, out, "loss_curves")
@@ -553,8 +554,9 @@ def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
         z[row, :, latent] = values
     images = decoder(z.flatten(0, 1)).view(len(order), columns, 28, 28)
     row_labels = [f"$z_{{{latent}}}$  {nats:.1f} nats" for latent, nats in zip(order.tolist(), kl.tolist())]
-    title = "One latent moved, the others at a test image's code\nrows sorted by the latent's KL"
-    plot_grid(images, out, "traversals", title, row_labels, [f"{value:g}" for value in values.tolist()])
+    title = "One latent moved, the others at a test image's code;\nrows sorted by the latent's KL"
+    columns = [f"{value:g}" for value in values.tolist()]
+    plot_grid(images, out, "traversals", title, row_labels, columns, "value of the moved latent")
 
 
 @torch.inference_mode()
@@ -642,7 +644,9 @@ def restore(encoder, decoder, optimizer, folder):
     """Take weights and optimizer state from the checkpoint in `folder`; returns its history."""
     checkpoint = read_checkpoint(folder)
     load_weights(checkpoint, encoder, decoder, folder)
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    # Its state alone: how Adam runs (fused or not) is this device's matter, not the checkpoint's.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
     return checkpoint["history"]
 
 
@@ -761,7 +765,7 @@ def make_parser(name, doc):
     data.add_argument("--limit", metavar="N", type=train_size, default=60_000, help="train on the first N images")
     model = parser.add_argument_group("model")
     model.add_argument("--latent-dim", metavar="N", type=positive_int, default=20, help="number of latents")
-    widths = {"nargs": 4, "metavar": ("A", "B", "C", "D"), "default": [32, 64, 128, 256]}
+    widths = {"nargs": "+", "metavar": "N", "default": [32, 64, 128, 256]}
     model.add_argument("--hidden-dims", type=positive_int, **widths, help="channels of the four convolutions")
     fit = parser.add_argument_group("optimization")
     fit.add_argument("--epochs", metavar="N", type=positive_int, default=20, help="passes over the training images")
@@ -806,6 +810,8 @@ def start_run(parser, args):
     What is refused ends in one line with exit code 2, before anything is written. What stops the run later
     (full disk, no memory, divergence: 1; Ctrl-C: 130) ends in one line too, and the last checkpoint stays.
     """
+    if len(args.hidden_dims) != 4:
+        parser.error(f"argument --hidden-dims: {len(args.hidden_dims)} widths for four convolutions")
     if args.batch_size > args.limit:
         parser.error(f"argument --batch-size: {args.batch_size} is more than the {args.limit} training images")
     try:
@@ -846,18 +852,24 @@ def start_run(parser, args):
             if read_checkpoint(folder)["epoch"] < args.epochs:
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
-            parser.exit(130, f"{parser.prog}: interrupted; {resume}\n")
+            stop_run(parser, 130, f"interrupted; {resume}")
         except FloatingPointError as error:
-            parser.exit(1, f"{parser.prog}: error: {error}\n")
+            stop_run(parser, 1, f"error: {error}")
         except CheckpointError as error:
-            parser.error(error)
+            stop_run(parser, 2, f"error: {error}")
         except OSError as error:
-            parser.exit(1, f"{parser.prog}: error: {error.strerror or error} in {folder}; then {resume}\n")
+            stop_run(parser, 1, f"error: {error.strerror or error} in {folder}; then {resume}")
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            parser.exit(1, f"{parser.prog}: error: out of memory; try a smaller --batch-size or model\n")
+            stop_run(parser, 1, "error: out of memory; try a smaller --batch-size or model")
     print(f"figures and numbers are in {folder}")
+
+
+def stop_run(parser, status, message):
+    if sys.stdout.isatty():
+        print()  # leave the progress line
+    parser.exit(status, f"{parser.prog}: {message}\n")
 
 
 def holds_files(folder):

@@ -22,6 +22,9 @@ import common
 import vae
 
 ROOT = Path(__file__).parent
+# The models here are small: on a busy machine, threads that wait for each other would only slow them down.
+torch.set_num_threads(1)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 NARROW = [4, 8, 8, 16]  # channels of a model that trains in milliseconds
 
 
@@ -43,6 +46,11 @@ def train(data, out, seed=0, epochs=2, loss_fn=vae.vae_loss):
     args = common.make_parser("vae", vae.__doc__).parse_args([*flags.split(), *map(str, NARROW)])
     encoder, decoder = build("AE" if loss_fn is ae.ae_loss else "VAE", seed)
     return encoder, decoder, common.train_model(encoder, decoder, data, loss_fn, args, out)
+
+
+def run_process(argv, cwd):
+    argv = [sys.executable, *argv]
+    return subprocess.run(argv, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def weights(*models):
@@ -240,8 +248,7 @@ TERMS = ["loss", "recon", "kl", "elbo"]
 def test_a_script_leaves_every_figure_and_finite_numbers(command, figures, terms, tmp_path):
     script, *flags = command.split()
     small = ["--epochs", "1", "--limit", "512", "--hidden-dims", "8", "16", "16", "32", "--device", "cpu"]
-    run = [sys.executable, ROOT / script, *flags, *small, "--data", ROOT / "data"]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_process([ROOT / script, *flags, *small, "--data", ROOT / "data"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     out = tmp_path / "runs" / Path(script).stem
@@ -301,8 +308,7 @@ vae.main({argv!r})
 def run_until(signal, target, call, argv, cwd):
     """Run vae.py in a process that sends itself `signal` at a given call of a function."""
     code = DIE.format(signal=signal, target=target, call=call, argv=argv)
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    return run_process(["-c", code], cwd)
 
 
 def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
@@ -439,8 +445,8 @@ def test_a_diverging_run_ends_with_code_1_and_one_line(tmp_path, capsys):
 
 
 def test_a_model_beyond_the_memory_ends_in_one_line(tmp_path):
-    run = [sys.executable, ROOT / "vae.py", *QUICK, "--hidden-dims", "4", "8", "8", "1000000", "--latent-dim", "900000"]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    huge = ["--hidden-dims", "4", "8", "8", "1000000", "--latent-dim", "900000"]
+    done = run_process([ROOT / "vae.py", *QUICK, *huge], tmp_path)
     assert done.returncode == 1
     assert done.stderr == "vae.py: error: out of memory; try a smaller --batch-size or model\n"
 
@@ -577,7 +583,6 @@ def test_missing_data_without_a_network_names_the_files_and_their_folder(tmp_pat
 
 
 def test_a_refusal_ends_a_process_with_code_2_and_no_traceback(tmp_path):
-    run = [sys.executable, ROOT / "beta_vae.py", "--beta", "-4", "--data", ROOT / "data"]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_process([ROOT / "beta_vae.py", "--beta", "-4", "--data", ROOT / "data"], tmp_path)
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
     assert done.stderr == "beta_vae.py: error: argument --beta: '-4' is not a finite number above 0\n"

@@ -54,7 +54,7 @@ def main(argv=None):
 
         mu, logvar = encode(encoder, data.test_images)
         save_metrics(encoder, decoder, data, mu, history, args, out)
-        titles = {"loss": "-ELBO", "recon": "reconstruction", "kl": "KL"}
+        titles = {"loss": "$-$ELBO", "recon": "reconstruction", "kl": "KL"}
         plot_loss_curves(history, titles, out)
         plot_reconstructions(decoder, mu, data.test_images, data.test_labels, out)
         torch.manual_seed(EVAL_SEED)
