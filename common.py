@@ -617,13 +617,13 @@ class CheckpointError(Exception):
 
 
 def read_checkpoint(folder):
-    """The content of folder/checkpoint.pt, on the CPU; FileNotFoundError without one, CheckpointError if it is bad."""
+    """The content of folder/checkpoint.pt, on the CPU; OSError if it can't be opened, CheckpointError if it is bad."""
     path = Path(folder) / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # a pickle that runs code is refused
         known = {"model_name", "args", "epoch", "history", "encoder", "decoder", "optimizer"} <= set(checkpoint)
         known = known and len(checkpoint["history"]) == checkpoint["epoch"] > 0
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:  # damaged bytes raise all sorts of errors
         raise CheckpointError(f"{path} is damaged or no checkpoint") from error
@@ -820,11 +820,15 @@ def start_run(parser, args):
         parser.error(f"argument --device: {error}")
     folder = Path(args.resume or getattr(args, "out", Path("runs", Path(args.script).stem)))
     flag = "--resume" if args.resume else "--out"
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    fresh = not args.overwrite and not args.resume
+    try:
+        above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        occupied = "out" in args and fresh and holds_files(folder)
+    except OSError as error:
+        parser.error(f"argument {flag}: {error.strerror}: {folder}")
     if not above.is_dir() or not os.access(above, os.W_OK):
         parser.error(f"argument {flag}: {above} is {'not writable' if above.is_dir() else 'a file'}")
-    fresh = not args.overwrite and not args.resume
-    if "out" in args and fresh and holds_files(folder):
+    if occupied:
         parser.error(f"argument --out: {folder} is not empty; name another folder or add --overwrite")
     if Path(args.data).is_file():
         parser.error(f"argument --data: {args.data} is a file; name the folder that holds MNIST/raw")

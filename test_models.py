@@ -159,6 +159,18 @@ def test_encoder_returns_the_mean_for_an_ae_and_a_triple_for_a_vae():
         common.Encoder(NARROW, 5, "GAN")
 
 
+def test_the_decoders_crop_undoes_the_encoders_padding():
+    encoder, decoder = build("AE")
+    padded = []
+    encoder.model.register_forward_pre_hook(lambda _, inputs: padded.append(inputs[0]))
+    x = torch.rand(2, 1, 28, 28)
+    encoder(x)
+    assert padded[0].shape == (2, 1, 32, 32) and padded[0].count_nonzero() == x.count_nonzero()
+    decoder.expand_dim = 32
+    decoder.input_layer = decoder.decoder = decoder.last_layer[0] = torch.nn.Identity()
+    assert torch.equal(decoder.logits(padded[0].flatten(1)), x)
+
+
 def test_reparameterize_has_the_mean_and_variance_it_is_given():
     encoder, _ = build("VAE")
     mu, logvar = torch.tensor([[-3.0, 0.0, 2.0]]), torch.tensor([[-2.0, 0.0, 1.0]])
@@ -210,6 +222,15 @@ def test_one_seed_gives_the_same_run_to_the_bit_and_another_does_not(mnist, tmp_
     assert torch.equal(weights(*first[:2]), weights(*again[:2]))
     assert not torch.equal(weights(*first[:2]), weights(*other[:2]))
     assert timeless(first[2]) == timeless(again[2]) != timeless(other[2])
+
+
+def test_every_seed_and_epoch_has_random_numbers_of_its_own():
+    draws = set()
+    for seed in range(5):
+        for epoch in range(5):
+            common.seed_epoch(seed, epoch)
+            draws.add(torch.rand(1).item())
+    assert len(draws) == 25
 
 
 def test_learning_rate_warms_up_over_a_tenth_and_falls_to_zero():
@@ -540,6 +561,8 @@ REFUSED = [
     "--device cuda:-1",
     "--device cuda:x",
     "--device mps:7",
+    "--device meta",
+    "--device cuda:99999999999999999999",
     "--no-such-flag",
     "--epoch 3",
     "--out file",
@@ -548,6 +571,8 @@ REFUSED = [
     "--resume file",
     "--resume file/below",
     "--data file",
+    f"--out {'x' * 300}",
+    f"--resume {'x' * 300}",
 ]
 
 
