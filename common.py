@@ -350,7 +350,7 @@ def show_progress(history, epoch, args, done, steps, elapsed):
     line = f"epoch {epoch}/{args.epochs}  {rate:,.0f} images/s  {left:.0f} s left"
     if history:
         test = {name: value for name, value in history[-1].items() if name.startswith("test_")}
-        line += "  test" + "".join(f"  {name.removeprefix('test_')} {value:.2f}" for name, value in test.items())
+        line += "  test" + "".join(f" {name.removeprefix('test_')} {value:.2f}" for name, value in test.items())
     if terminal:
         width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
         print(f"\r\x1b[K{line[:width]}", end="" if len(history) < args.epochs else "\n", flush=True)
@@ -443,7 +443,9 @@ def plot_grid(images, out, name, title, row_labels=(), column_labels=(), xlabel=
     """Draw images (rows, columns, 28, 28) in [0, 1] edge to edge, with a label a row and a column."""
     rows, columns = images.shape[:2]
     tiled = images.permute(0, 2, 1, 3).reshape(rows * 28, columns * 28)  # (rows * 28, columns * 28)
-    figure = Figure(figsize=(WIDTH, WIDTH * (rows + 0.6) / (columns + (1.5 if row_labels else 0))), layout="compressed")
+    cell = (WIDTH - (0.7 if row_labels else 0)) / columns  # inches
+    lines = title.count("\n") + 1 + bool(column_labels) + bool(xlabel)
+    figure = Figure(figsize=(WIDTH, rows * cell + 0.16 * lines + 0.1), layout="compressed")
     ax = figure.add_subplot()
     ax.imshow(tiled.cpu().numpy(), vmin=0, vmax=1, interpolation="none")
     ax.set(title=title, xlabel=xlabel)
@@ -511,15 +513,16 @@ def plot_loss_curves(history, terms, out):
 @matplotlib.rc_context(STYLE)
 def plot_latent_space(mu, labels, out):
     """Scatter of codes mu (N, latent_dim) by digit: the plane itself, or two principal components."""
+    mu = mu.cpu()  # not every accelerator has an SVD
     if mu.shape[1] == 2:
-        points, axis_labels = mu, ["$\\mu_1$", "$\\mu_2$"]
+        points, axis_labels = mu, ["$\\mu_0$", "$\\mu_1$"]
     else:
         centred = mu - mu.mean(dim=0)
         _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
         points = centred @ directions[:2].T
         explained = singular.square() / singular.square().sum()
         axis_labels = [f"principal component {i + 1} of $\\mu$ ({explained[i]:.0%})" for i in range(2)]
-    points, labels = points.T.cpu().numpy(), labels.tolist()
+    points, labels = points.T.numpy(), labels.tolist()
     figure = Figure(figsize=(WIDTH, 0.88 * WIDTH), layout="constrained")
     ax = figure.add_subplot()
     # In the test set's order, so that no digit is drawn on top of all others; a bitmap in the PDF too.
@@ -563,10 +566,11 @@ def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
 def plot_manifold(decoder, out, steps=20):
     """Decode a grid over a latent plane, even in the prior's probability (Kingma & Welling, 2014)."""
     device = next(decoder.parameters()).device
-    quantiles = (torch.arange(steps, device=device) + 0.5) / steps
+    quantiles = (torch.arange(steps) + 0.5) / steps
     values = torch.special.ndtri(quantiles)  # the inverse of the normal CDF
-    z = torch.cartesian_prod(-values, values).flip(1)  # (steps * steps, 2): z_1 to the right, z_2 up
-    plot_grid(decoder(z).view(steps, steps, 28, 28), out, "manifold", "Decoded plane: $z_1$ to the right, $z_2$ up")
+    z = torch.cartesian_prod(-values, values).flip(1)  # (steps * steps, 2): z_0 to the right, z_1 up
+    images = decoder(z.to(device)).view(steps, steps, 28, 28)
+    plot_grid(images, out, "manifold", "Decoded quantiles of the prior: $z_0$ to the right, $z_1$ up")
 
 
 # ------------------------------------------------------------------------------------------------
