@@ -493,7 +493,7 @@ def plot_loss_curves(history, terms, out):
 
     The axes fit the epochs after the first tenth, the warm-up: beside its fall the rest would be a flat line.
     """
-    figure = Figure(figsize=(WIDTH, 0.4 + 1.1 * len(terms)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(0.6 * WIDTH, 0.4 + 1.1 * len(terms))), layout="constrained")
     axes = figure.subplots(len(terms), sharex=True, squeeze=False)[:, 0]
     epochs = [row["epoch"] for row in history]
     warmup = len(history) // 10
