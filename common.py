@@ -627,6 +627,7 @@ def read_checkpoint(folder):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # a pickle that runs code is refused
         known = {"model_name", "args", "epoch", "history", "encoder", "decoder", "optimizer"} <= set(checkpoint)
         known = known and len(checkpoint["history"]) == checkpoint["epoch"] > 0
+        known = known and isinstance(checkpoint["args"], dict) and "state" in checkpoint["optimizer"]
     except OSError:
         raise
     except Exception as error:  # damaged bytes raise all sorts of errors
