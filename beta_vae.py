@@ -19,8 +19,12 @@ from common import (
     EVAL_SEED,
     Decoder,
     Encoder,
+    active_units,
+    add_likelihood_flags,
     encode,
+    importance_weighted_bound,
     kl_divergence,
+    kl_per_latent,
     make_parser,
     parse_args,
     plot_interpolations,
@@ -32,7 +36,9 @@ from common import (
     plot_samples,
     plot_traversals,
     positive_float,
+    positive_or_zero,
     reconstruction_term,
+    representation_metrics,
     save_metrics,
     seed_epoch,
     start_run,
@@ -40,33 +46,56 @@ from common import (
 )
 
 
-def beta_vae_loss(encoder, decoder, x, beta):
+def beta_vae_loss(encoder, decoder, x, beta, progress=1.0, warmup=0.0, capacity=None, kind="bce"):
     """The objective and its terms, in nats per image, for images x (B, 1, 28, 28) in [0, 1].
 
+    progress: the share of the training done. warmup: the share over which beta grows from 0.
+    capacity: the nats that the KL shall reach, or None for the plain beta KL.
     `elbo` is the plain one, whatever beta is, so that runs compare.
     """
     mu, logvar, z = encoder(x)
-    recon = reconstruction_term(decoder.logits(z), x)  # -E_q(z|x)[log p(x|z)], from one sample z
+    recon = reconstruction_term(decoder.logits(z), x, kind)  # -E_q(z|x)[log p(x|z)], from one sample z
     kl = kl_divergence(mu, logvar)
     elbo = -(recon + kl)
-    return recon + beta * kl, {"recon": recon, "kl": kl, "elbo": elbo}
+    if warmup:
+        beta = beta * (progress / warmup).clamp(max=1)  # linear, from 0
+    if capacity is None:
+        penalty = beta * kl
+    else:
+        penalty = beta * (kl - capacity * (2 * progress).clamp(max=1)).abs()  # C grows over the first half
+    return recon + penalty, {"recon": recon, "kl": kl, "elbo": elbo}
 
 
 def main(argv=None):
     parser = make_parser("beta_vae", __doc__)
     objective = parser.add_argument_group("objective")
     objective.add_argument("--beta", type=positive_float, default=4.0, help="weight of the KL term")
+    grown = {"metavar": "EPOCHS", "type": positive_or_zero, "default": 0.0}
+    objective.add_argument("--warmup", **grown, help="epochs over which beta grows from 0")
+    target = {"metavar": "NATS", "type": positive_or_zero}
+    objective.add_argument("--capacity", **target, help="make it beta |KL - C|, C from 0 to this (default: plain KL)")
+    add_likelihood_flags(parser)
     args = parse_args(parser, argv)
+    if args.warmup > args.epochs:
+        parser.error(f"argument --warmup: {args.warmup:g} epochs of a run of {args.epochs}")
     with start_run(parser, args) as (data, out):
         device = data.train_images.device
         seed_epoch(args.seed, 0)
         encoder = Encoder(args.hidden_dims, args.latent_dim, "VAE").to(device)
         decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
-        loss_fn = partial(beta_vae_loss, beta=args.beta)
-        history = train_model(encoder, decoder, data, loss_fn, args, out)
+        progress = torch.zeros((), device=device)  # train_model keeps it at the share of the training done
+        schedule = {"progress": progress, "warmup": args.warmup / args.epochs, "capacity": args.capacity}
+        loss_fn = partial(beta_vae_loss, beta=args.beta, **schedule, kind=args.recon)
+        history = train_model(encoder, decoder, data, loss_fn, args, out, progress)
 
         mu, logvar = encode(encoder, data.test_images)
-        save_metrics(encoder, decoder, data, mu, history, args, out)
+        test = representation_metrics(encoder, decoder, data, mu, args)
+        test["active_units"] = active_units(mu)
+        test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
+        if args.iw_samples:
+            images, k = data.test_images, args.iw_samples
+            test["iw_bound"] = importance_weighted_bound(decoder, mu, logvar, images, k, args.recon)
+        save_metrics(encoder, decoder, data, test, history, args, out)
         titles = {"loss": f"objective, $\\beta$ = {args.beta:g}", "elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
         plot_loss_curves(history, titles, out)
         plot_reconstructions(decoder, mu, data.test_images, data.test_labels, out)

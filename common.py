@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ except ImportError:  # Windows
 
 EVAL_SEED = 0  # of the samples z behind every test number, whatever the run's own seed is
 EVAL_BATCH = 500  # test images at a time; bounds the memory of evaluation
+IW_BATCH = 250  # codes decoded at a time for the importance-weighted bound: what a CPU's cache likes
 
 # ------------------------------------------------------------------------------------------------
 # Data
@@ -92,6 +94,14 @@ def load_mnist(root, device="cpu", limit=None):
 def to_pixels(images):
     """uint8 images in [0, 255] to float32 in [0, 1], same shape."""
     return images.float() / 255
+
+
+def binarise(images):
+    """uint8 images drawn once from Bernoulli(pixel), with a fixed seed: 0 or 255, same shape."""
+    generator = torch.Generator().manual_seed(EVAL_SEED)  # on the CPU: the same images on every device
+    return (torch.rand(images.shape, generator=generator).to(images.device) < to_pixels(images)) * images.new_tensor(
+        255
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -180,13 +190,23 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 
-def reconstruction_term(logits, x):
-    """-log p(x|z) of a Bernoulli decoder, in nats per image.
+def reconstruction_per_image(logits, x, kind="bce"):
+    """-log p(x|z) of each image, in nats. logits, x: (B, 1, 28, 28), x in [0, 1]. Returns (B,).
 
-    logits, x: (B, 1, 28, 28), x in [0, 1]. Grey pixels make this the cross-entropy, no likelihood.
+    kind "bce": Bernoulli pixels. Grey ones make this the cross-entropy, which is no likelihood.
+    kind "mse": Gaussian pixels of unit variance around sigmoid(logits), half the squared error: the
+    constant 784 / 2 log(2 pi) = 720.5 nats is left out.
     """
-    bce = F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none")
-    return bce.sum(dim=(1, 2, 3)).mean()  # over pixels, then over the batch
+    if kind == "bce":
+        pixels = F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none")
+    else:
+        pixels = 0.5 * (logits.float().sigmoid() - x).square()
+    return pixels.sum(dim=(1, 2, 3))  # over pixels
+
+
+def reconstruction_term(logits, x, kind="bce"):
+    """-log p(x|z) in nats per image: the mean of `reconstruction_per_image`, a scalar."""
+    return reconstruction_per_image(logits, x, kind).mean()  # over the batch
 
 
 def kl_per_latent(mu, logvar):
@@ -225,8 +245,10 @@ def pick_device(name="auto"):
     return device
 
 
-def pick_precision(device):
-    """The dtype of the training step on `device`, and why."""
+def pick_precision(device, wanted="auto"):
+    """The dtype of the training step on `device` for a --precision value, and why."""
+    if wanted != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted], "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "native on this GPU"
     if device.type == "cpu":
@@ -258,7 +280,7 @@ def learning_rate(step, total_steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
 
 
-def train_model(encoder, decoder, data, loss_fn, args, out):
+def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     """Train on data.train_images with Adam; after each epoch test, and write history and checkpoint.
 
     With args.resume, goes on from the checkpoint in `out`, if there is one.
@@ -266,13 +288,16 @@ def train_model(encoder, decoder, data, loss_fn, args, out):
     encoder, decoder: on the device of `data`.
     loss_fn(encoder, decoder, x): x (B, 1, 28, 28) in [0, 1]; returns the loss and its named terms,
         scalars in nats per image.
-    args: epochs, batch_size, lr, seed, resume, and what else the checkpoint shall remember.
+    args: epochs, batch_size, lr, seed, precision, binarize, resume, and what else the checkpoint
+        shall remember.
+    progress: a scalar tensor to keep at the share of the training done, 0 to 1, for a loss that
+        changes in its course.
     Returns the history, one dict an epoch; its seconds are those of the training steps alone. After
     Ctrl-C that and the models are the last checkpoint's, or KeyboardInterrupt is raised if there is none.
     Raises FloatingPointError at the end of an epoch with a loss or term that is not finite.
     """
     images, device = data.train_images, data.train_images.device
-    dtype, reason = pick_precision(device)
+    dtype, reason = pick_precision(device, args.precision)
     print(f"{device_name(device)}, {str(dtype).removeprefix('torch.')} ({reason}), writing to {out}")
     if device.type == "cpu":
         keep_freed_memory()
@@ -281,34 +306,47 @@ def train_model(encoder, decoder, data, loss_fn, args, out):
     encoder.to(memory_format=torch.channels_last)
     decoder.to(memory_format=torch.channels_last)
     parameters = [*encoder.parameters(), *decoder.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=device.type != "mps")
+    on_cuda = device.type == "cuda"
+    # A CUDA graph reads what changes from step to step out of tensors, so there Adam keeps its rate in one.
+    rate = torch.tensor(args.lr, device=device) if on_cuda else args.lr
+    optimizer = torch.optim.Adam(parameters, lr=rate, fused=device.type != "mps", capturable=on_cuda)
     steps = len(images) // args.batch_size
     history = []
     if args.resume and (Path(out) / "checkpoint.pt").exists():
         history = restore(encoder, decoder, optimizer, out)
 
-    def training_step(index):
+    index = torch.empty(args.batch_size, dtype=torch.int64, device=device)  # of the step's images
+    progress = torch.zeros((), device=device) if progress is None else progress
+    totals = defaultdict(lambda: torch.zeros((), device=device))  # on the device: reading them would stall each step
+
+    def training_step():
         x = to_pixels(images[index])
+        if args.binarize:
+            x = torch.bernoulli(x)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, terms = loss_fn(encoder, decoder, x)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
+        for name, term in {"loss": loss, **terms}.items():
+            totals[name] += term.detach()
 
+    step_once = as_cuda_graph(training_step, device) if on_cuda else training_step
     with deferred_interrupt() as stop:
         for epoch in range(len(history) + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
             start = time.perf_counter()
             # Full batches only; which images are left over differs from epoch to epoch.
             order = torch.randperm(len(images), device=device)[: steps * args.batch_size]
-            totals = {}  # on the device: reading them would stall each step
-            for step, index in enumerate(order.split(args.batch_size)):
-                lr = learning_rate((epoch - 1) * steps + step, args.epochs * steps, args.lr)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                for name, value in training_step(index).items():
-                    totals[name] = totals.get(name, 0) + value
+            for total in totals.values():
+                total.zero_()
+            for step, batch in enumerate(order.split(args.batch_size)):
+                done = (epoch - 1) * steps + step
+                lr = learning_rate(done, args.epochs * steps, args.lr)
+                set_learning_rate(optimizer, lr)
+                progress.fill_(done / (args.epochs * steps))
+                index.copy_(batch)
+                step_once()
                 if stop.is_set():
                     if not history:
                         raise KeyboardInterrupt
@@ -317,6 +355,7 @@ def train_model(encoder, decoder, data, loss_fn, args, out):
                     show_progress(history, epoch, args, step + 1, steps, time.perf_counter() - start)
             train = {f"train_{name}": value.item() / steps for name, value in totals.items()}  # waits for the device
             elapsed = time.perf_counter() - start
+            progress.fill_(epoch / args.epochs)
             test = evaluate(encoder, decoder, data.test_images, loss_fn)
             terms = {**train, **{f"test_{name}": value for name, value in test.items()}}
             for name, value in terms.items():
@@ -327,6 +366,40 @@ def train_model(encoder, decoder, data, loss_fn, args, out):
             save_checkpoint(encoder, decoder, optimizer, history, args, out)
             show_progress(history, epoch, args, steps, steps, elapsed)
     return history
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def as_cuda_graph(step, device, warm_up=3):
+    """`step` as one CUDA graph: a replay is one launch, where the step's own hundreds would bound its speed.
+
+    The first calls run as they are on a side stream, as capture asks for: libraries start, Adam makes its state.
+    A replay reads the same tensors anew, the learning rate's too, and draws new random numbers after any seeding.
+    """
+    torch.cuda.set_device(device)
+    graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
+
+    def call():
+        nonlocal calls
+        calls += 1
+        if calls <= warm_up:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if calls == warm_up + 1:
+            with torch.cuda.graph(graph):
+                step()  # recorded, not run
+        graph.replay()
+
+    return call
 
 
 @contextlib.contextmanager
@@ -341,9 +414,8 @@ def deferred_interrupt():
 
 
 def show_progress(history, epoch, args, done, steps, elapsed):
-    """One line: updated in place on a terminal, elsewhere once an epoch. Test terms are the last epoch's."""
-    terminal = sys.stdout.isatty()
-    if done < steps and not (terminal and done % 50 == 0):
+    """Speed and time left; test terms are the last epoch's."""
+    if done < steps and done % 50:
         return
     rate = done * args.batch_size / elapsed
     left = elapsed / done * ((args.epochs - epoch + 1) * steps - done)
@@ -351,10 +423,15 @@ def show_progress(history, epoch, args, done, steps, elapsed):
     if history:
         test = {name: value for name, value in history[-1].items() if name.startswith("test_")}
         line += "  test" + "".join(f" {name.removeprefix('test_')} {value:.2f}" for name, value in test.items())
-    if terminal:
+    show_line(line, milestone=done == steps, last=len(history) == args.epochs)
+
+
+def show_line(line, milestone, last):
+    """On a terminal one line that is updated in place; elsewhere each milestone on a line of its own."""
+    if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
-        print(f"\r\x1b[K{line[:width]}", end="" if len(history) < args.epochs else "\n", flush=True)
-    else:
+        print(f"\r\x1b[K{line[:width]}", end="\n" if last else "", flush=True)
+    elif milestone:
         print(line, flush=True)
 
 
@@ -363,7 +440,14 @@ def show_progress(history, epoch, args, done, steps, elapsed):
 # ------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@contextlib.contextmanager
+def exactly():
+    """Inference in true float32, for numbers that are reported: cuDNN would round to TensorFloat-32 unasked."""
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@exactly()
 def evaluate(encoder, decoder, images, loss_fn):
     """Mean loss and terms over all `images` (N, 1, 28, 28) uint8, in float32, z sampled from a fixed seed."""
     torch.manual_seed(EVAL_SEED)
@@ -375,7 +459,7 @@ def evaluate(encoder, decoder, images, loss_fn):
     return {name: value.item() / len(images) for name, value in totals.items()}
 
 
-@torch.inference_mode()
+@exactly()
 def encode(encoder, images):
     """The codes (mu, logvar) of images (N, 1, 28, 28) uint8, each (N, latent_dim) float32.
 
@@ -385,13 +469,88 @@ def encode(encoder, images):
     return tuple(torch.cat([head(h) for h in features]) for head in (encoder.fc_mean, encoder.fc_logvar))
 
 
-@torch.inference_mode()
+@exactly()
 def reconstruction_mse(decoder, mu, images):
     """Mean squared error per pixel of the reconstructions from mu (N, latent_dim) of uint8 images."""
     total = 0
     for code, batch in zip(mu.split(EVAL_BATCH), images.split(EVAL_BATCH)):
         total = total + (decoder(code) - to_pixels(batch)).square().sum()
     return total.item() / images.numel()
+
+
+def active_units(mu):
+    """How many latents respond to the image: those with Var_x(mu) > 0.01, mu (N, latent_dim). Burda et al. (2016)."""
+    return (mu.var(dim=0) > 0.01).sum().item()
+
+
+@exactly()
+def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
+    """log p(x) bounded from below with k samples of q(z|x) an image, in nats per image: Burda et al. (2016), eq. 8.
+
+        E[log 1/k sum_i w_i],    w_i = p(x|z_i) p(z_i) / q(z_i|x),    z_i ~ q(z|x)
+
+    mu, logvar: (N, latent_dim), the codes of uint8 images (N, 1, 28, 28). kind: see `reconstruction_per_image`.
+    With k = 1 its expectation is the ELBO. Memory does not grow with k.
+    """
+    torch.manual_seed(EVAL_SEED)
+    per_pass = min(k, 10)  # samples of an image at a time
+    total, done, start = 0, 0, time.perf_counter()
+    parts = (tensor.split(IW_BATCH // per_pass) for tensor in (mu, logvar, images))
+    for mean, log_variance, batch in zip(*parts):
+        x = to_pixels(batch)
+        log_sum = torch.full_like(mean[:, 0], -math.inf)  # (B,): log of the sum of weights so far
+        for samples in [per_pass] * (k // per_pass) + [k % per_pass] * (k % per_pass > 0):
+            eps = torch.randn(samples, *mean.shape, device=mean.device)
+            z = mean + eps * (0.5 * log_variance).exp()  # (samples, B, latent_dim)
+            logits = decoder.logits(z.flatten(0, 1))  # (samples * B, 1, 28, 28)
+            recon = reconstruction_per_image(logits, x.repeat(samples, 1, 1, 1), kind).view(samples, -1)
+            # log p(z) - log q(z|x), over latents; their log(2 pi) cancel
+            log_ratio = 0.5 * (eps.square() + log_variance - z.square()).sum(dim=2)
+            log_sum = torch.logaddexp(log_sum, (log_ratio - recon).logsumexp(dim=0))  # over samples
+        total += (log_sum - math.log(k)).sum()
+        done += len(batch)
+        seconds = time.perf_counter() - start
+        left = seconds / done * (len(images) - done)
+        line = f"bound of {k} samples: {done}/{len(images)} images, {left:.0f} s left"
+        show_line(line, milestone=done % 1000 < len(batch), last=done == len(images))
+    return total.item() / len(images)
+
+
+def probe_accuracy(train_codes, train_labels, codes, labels):
+    """Share of `codes` (N, D) whose label a linear probe finds: ridge regression to one-hot labels, then argmax."""
+    train_codes, train_labels, codes, labels = (
+        tensor.cpu()
+        for tensor in (train_codes, train_labels, codes, labels)  # not every accelerator can solve
+    )
+    mean = train_codes.mean(dim=0)
+    y = F.one_hot(train_labels, 10).float()  # (N, 10)
+    scatter = train_codes.T @ train_codes - len(y) * mean.outer(mean)  # (D, D), of the centred codes
+    penalty = 1e-3 * len(y) * torch.eye(len(mean))
+    weights = torch.linalg.solve(scatter + penalty, train_codes.T @ (y - y.mean(dim=0)))  # (D, 10)
+    scores = (codes - mean) @ weights + y.mean(dim=0)
+    return (scores.argmax(dim=1) == labels).float().mean().item()
+
+
+@exactly()
+def representation_metrics(encoder, decoder, data, mu, args):
+    """What the test codes mu (N, latent_dim) keep of the images, beside PCA with as many components and raw pixels."""
+    train_images = binarise(data.train_images) if args.binarize else data.train_images
+    train_mu, _ = encode(encoder, train_images)
+    train_pixels, pixels = (to_pixels(images.cpu()).flatten(1) for images in (train_images, data.test_images))
+    mean = train_pixels.mean(dim=0)
+    train_pixels -= mean
+    pixels -= mean
+    _, directions = torch.linalg.eigh(train_pixels.T @ train_pixels)  # (784, 784), columns in ascending order
+    directions = directions[:, -args.latent_dim :]  # (784, latent_dim)
+    train_pca, pca = train_pixels @ directions, pixels @ directions  # (N, latent_dim)
+    labels = data.train_labels, data.test_labels
+    return {
+        "mse": reconstruction_mse(decoder, mu, data.test_images),
+        "pca_mse": (pca @ directions.T - pixels).square().mean().item(),
+        "probe_accuracy": probe_accuracy(train_mu, labels[0], mu, labels[1]),
+        "pca_probe_accuracy": probe_accuracy(train_pca, labels[0], pca, labels[1]),
+        "pixel_probe_accuracy": probe_accuracy(train_pixels, labels[0], pixels, labels[1]),
+    }
 
 
 # ------------------------------------------------------------------------------------------------
@@ -655,28 +814,29 @@ def restore(encoder, decoder, optimizer, folder):
     return checkpoint["history"]
 
 
-def save_metrics(encoder, decoder, data, mu, history, args, out):
-    """Write metrics.json: the last epoch's test terms, the mse from the test codes mu, and all that made them."""
+def save_metrics(encoder, decoder, data, test, history, args, out):
+    """Write metrics.json: the last epoch's test terms, what else was measured (`test`), and all that made them."""
     device = data.test_images.device
-    last = history[-1]
-    test = {name.removeprefix("test_"): value for name, value in last.items() if name.startswith("test_")}
-    test["mse"] = reconstruction_mse(decoder, mu, data.test_images)
+    terms = {name.removeprefix("test_"): value for name, value in history[-1].items() if name.startswith("test_")}
     seconds = sum(row["seconds"] for row in history)
     seen = len(history) * (len(data.train_images) // args.batch_size) * args.batch_size
     metrics = {
         "args": vars(args),
         "protocol": {
             "split": f"trained on {len(data.train_images)} MNIST images, tested on {len(data.test_images)}",
-            "pixels": "grey",
-            "recon": "Bernoulli: binary cross-entropy, summed over pixels",
-            "z": "one sample of q(z|x) an image" if "kl" in test else "the code itself",
+            "pixels": "binarised" if args.binarize else "grey",
+            "recon": {
+                "bce": "Bernoulli: binary cross-entropy, summed over pixels",
+                "mse": "Gaussian of unit variance: half the squared error, summed over pixels, no constant",
+            }[args.recon],
+            "z": "one sample of q(z|x) an image" if "kl" in terms else "the code itself",
             "mse": "per pixel, reconstructions from the mean code",
-            "K": None,
+            "K": args.iw_samples,
             "seed": args.seed,
             "evaluation_seed": EVAL_SEED,
             "units": "nats per image",
         },
-        "test": test,
+        "test": {**terms, **test},
         "train": {
             "epochs": len(history),
             "seconds": seconds,
@@ -687,7 +847,7 @@ def save_metrics(encoder, decoder, data, mu, history, args, out):
         "environment": {
             "script": args.script,
             "device": device_name(device),
-            "precision": str(pick_precision(device)[0]).removeprefix("torch."),
+            "precision": str(pick_precision(device, args.precision)[0]).removeprefix("torch."),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
@@ -747,6 +907,7 @@ def checked(kind, accept, wanted):
 positive_int = checked(int, lambda value: 1 <= value <= 1_000_000, "a whole number from 1 to 1000000")
 positive_float = checked(float, lambda value: 0 < value < math.inf, "a finite number above 0")
 train_size = checked(int, lambda value: 1 <= value <= 60_000, "a whole number from 1 to 60000")
+positive_or_zero = checked(float, lambda value: 0 <= value < math.inf, "a finite number from 0")
 seed_value = checked(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
@@ -765,6 +926,8 @@ def make_parser(name, doc):
     run.add_argument("--resume", metavar="DIR", help="go on with the run in DIR and its flags, or start it there")
     run.add_argument("--seed", type=seed_value, default=0, help="seed of weights, batches and noise")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    precision = {"choices": ["auto", "fp32", "bf16"], "default": "auto"}
+    run.add_argument("--precision", **precision, help="of training: auto takes bf16 where it is native")
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", default="data", help="folder that holds MNIST/raw/*.gz")
     data.add_argument("--limit", metavar="N", type=train_size, default=60_000, help="train on the first N images")
@@ -772,12 +935,22 @@ def make_parser(name, doc):
     model.add_argument("--latent-dim", metavar="N", type=positive_int, default=20, help="number of latents")
     widths = {"nargs": "+", "metavar": "N", "default": [32, 64, 128, 256]}
     model.add_argument("--hidden-dims", type=positive_int, **widths, help="channels of the four convolutions")
+    kinds = {"choices": ["bce", "mse"], "default": "bce"}
+    model.add_argument("--recon", **kinds, help="-log p(x|z): cross-entropy, or half the squared error")
     fit = parser.add_argument_group("optimization")
     fit.add_argument("--epochs", metavar="N", type=positive_int, default=20, help="passes over the training images")
     fit.add_argument("--batch-size", metavar="N", type=positive_int, default=128, help="images per step")
     fit.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate of Adam")
-    parser.set_defaults(script=parser.prog)
+    parser.set_defaults(script=parser.prog, binarize=False, iw_samples=None)
     return parser
+
+
+def add_likelihood_flags(parser):
+    """The flags of models that bound log p(x)."""
+    likelihood = parser.add_argument_group("likelihood")
+    likelihood.add_argument("--binarize", action="store_true", help="draw each pixel from Bernoulli(pixel)")
+    count = {"metavar": "K", "type": positive_int}
+    likelihood.add_argument("--iw-samples", **count, help="samples of the importance-weighted bound (default: none)")
 
 
 def parse_args(parser, argv=None):
@@ -799,8 +972,9 @@ def parse_args(parser, argv=None):
         parser.error(f"argument --resume: {args.resume} holds a run of {saved.get('script')}, not of {args.script}")
     flags = []  # as text, so that saved values pass the same checks as typed ones
     for name, value in saved.items():
-        if name not in ("script", "out", "overwrite", "resume"):
-            flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        if name not in ("script", "out", "overwrite", "resume") and value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            flags += [f"--{name.replace('_', '-')}", *map(str, values)]
     args = parser.parse_args([*flags, *argv])
     for name in ("latent_dim", "hidden_dims"):
         if getattr(args, name) != saved.get(name):
@@ -847,6 +1021,8 @@ def start_run(parser, args):
         parser.error(f"argument {flag}: another run writes to {folder} now")
     except OSError as error:
         parser.error(f"argument {flag}: cannot write to {folder}: {error.strerror}")
+    if args.binarize:
+        data = data._replace(test_images=binarise(data.test_images))
     with lock:
         if fresh and holds_files(folder):  # another run came and went since the first look
             parser.error(f"argument --out: {folder} is not empty; name another folder or add --overwrite")

@@ -10,14 +10,20 @@ Test ELBO -92.26 nats (recon 69.34, KL 22.92): grey pixels, 20 epochs, seed 0,
 float32 on two CPU cores (AMD EPYC), torch 2.15.0.
 """
 
+from functools import partial
+
 import torch
 
 from common import (
     EVAL_SEED,
     Decoder,
     Encoder,
+    active_units,
+    add_likelihood_flags,
     encode,
+    importance_weighted_bound,
     kl_divergence,
+    kl_per_latent,
     make_parser,
     parse_args,
     plot_interpolations,
@@ -29,6 +35,7 @@ from common import (
     plot_samples,
     plot_traversals,
     reconstruction_term,
+    representation_metrics,
     save_metrics,
     seed_epoch,
     start_run,
@@ -36,10 +43,10 @@ from common import (
 )
 
 
-def vae_loss(encoder, decoder, x):
+def vae_loss(encoder, decoder, x, kind="bce"):
     """The negative ELBO and its terms, in nats per image, for images x (B, 1, 28, 28) in [0, 1]."""
     mu, logvar, z = encoder(x)
-    recon = reconstruction_term(decoder.logits(z), x)  # -E_q(z|x)[log p(x|z)], from one sample z
+    recon = reconstruction_term(decoder.logits(z), x, kind)  # -E_q(z|x)[log p(x|z)], from one sample z
     kl = kl_divergence(mu, logvar)
     elbo = -(recon + kl)
     return -elbo, {"recon": recon, "kl": kl, "elbo": elbo}
@@ -47,16 +54,24 @@ def vae_loss(encoder, decoder, x):
 
 def main(argv=None):
     parser = make_parser("vae", __doc__)
+    add_likelihood_flags(parser)
     args = parse_args(parser, argv)
     with start_run(parser, args) as (data, out):
         device = data.train_images.device
         seed_epoch(args.seed, 0)
         encoder = Encoder(args.hidden_dims, args.latent_dim, "VAE").to(device)
         decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
-        history = train_model(encoder, decoder, data, vae_loss, args, out)
+        loss_fn = partial(vae_loss, kind=args.recon)
+        history = train_model(encoder, decoder, data, loss_fn, args, out)
 
         mu, logvar = encode(encoder, data.test_images)
-        save_metrics(encoder, decoder, data, mu, history, args, out)
+        test = representation_metrics(encoder, decoder, data, mu, args)
+        test["active_units"] = active_units(mu)
+        test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
+        if args.iw_samples:
+            images, k = data.test_images, args.iw_samples
+            test["iw_bound"] = importance_weighted_bound(decoder, mu, logvar, images, k, args.recon)
+        save_metrics(encoder, decoder, data, test, history, args, out)
         titles = {"loss": "$-$ELBO", "recon": "reconstruction", "kl": "KL"}
         plot_loss_curves(history, titles, out)
         plot_reconstructions(decoder, mu, data.test_images, data.test_labels, out)
