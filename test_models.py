@@ -1,5 +1,7 @@
 """Tests of ae.py, vae.py, beta_vae.py and common.py: identities, behaviour, and whole runs on MNIST."""
 
+import argparse
+import contextlib
 import csv
 import json
 import math
@@ -10,16 +12,18 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
 from matplotlib.image import imread
-from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
 import ae
 import beta_vae
 import common
 import vae
+from tools import benchmark, compare_runs
 
 ROOT = Path(__file__).parent
 # The models here are small: on a busy machine, threads that wait for each other would only slow them down.
@@ -40,10 +44,16 @@ def build(model_name, seed=0, latent_dim=5):
     return common.Encoder(NARROW, latent_dim, model_name), common.Decoder(latent_dim, NARROW)
 
 
+def short_args(*more, epochs, seed=0):
+    parser = common.make_parser("vae", vae.__doc__)
+    common.add_likelihood_flags(parser)
+    flags = f"--epochs {epochs} --batch-size 64 --seed {seed} --latent-dim 5 --hidden-dims"
+    return parser.parse_args([*flags.split(), *map(str, NARROW), *more])
+
+
 def train(data, out, seed=0, epochs=2, loss_fn=vae.vae_loss):
     """A short run; returns its models and history."""
-    flags = f"--epochs {epochs} --batch-size 64 --seed {seed} --latent-dim 5 --hidden-dims"
-    args = common.make_parser("vae", vae.__doc__).parse_args([*flags.split(), *map(str, NARROW)])
+    args = short_args(epochs=epochs, seed=seed)
     encoder, decoder = build("AE" if loss_fn is ae.ae_loss else "VAE", seed)
     return encoder, decoder, common.train_model(encoder, decoder, data, loss_fn, args, out)
 
@@ -97,6 +107,115 @@ def test_reconstruction_term_stays_exact_where_a_sigmoid_would_saturate():
     assert common.reconstruction_term(logits, torch.zeros_like(logits)).item() == pytest.approx(200 * 784)
 
 
+def test_squared_error_is_a_unit_gaussian_without_its_constant():
+    x, logits = torch.rand(16, 1, 28, 28), torch.randn(16, 1, 28, 28)
+    reference = -Normal(logits.sigmoid(), 1).log_prob(x).sum(dim=(1, 2, 3)).mean() - 784 / 2 * math.log(2 * math.pi)
+    torch.testing.assert_close(common.reconstruction_term(logits, x, "mse"), reference, rtol=1e-4, atol=0)
+
+
+class LinearGaussian:
+    """p(x|z) = N(Wz + b, I) with z ~ N(0, I): log p(x) and p(z|x) in closed form. Stands in for a decoder."""
+
+    def __init__(self, images, latent_dim=4):
+        generator = torch.Generator().manual_seed(0)
+        self.weight = 0.03 * torch.randn(784, latent_dim, generator=generator, dtype=torch.float64)
+        self.x = common.to_pixels(images).flatten(1).double()  # (N, 784)
+        # log p(x) = log N(x; b, W W^T + I), less the constant that `kind` "mse" leaves out
+        covariance = self.weight @ self.weight.T + torch.eye(784, dtype=torch.float64)
+        marginal = MultivariateNormal(torch.full((784,), 0.5, dtype=torch.float64), covariance)
+        self.log_p = (marginal.log_prob(self.x) + 784 / 2 * math.log(2 * math.pi)).mean().item()
+        # p(z|x) = N(S W^T (x - b), S), S = (I + W^T W)^-1; made diagonal by turning W to its singular vectors
+        u, singular, _ = torch.linalg.svd(self.weight, full_matrices=False)
+        self.weight = u * singular
+        self.variance = 1 / (1 + singular.square())  # (latent_dim,)
+        self.mu = ((self.x - 0.5) @ self.weight * self.variance).float()  # (N, latent_dim)
+        self.logvar = self.variance.log().float().expand_as(self.mu)
+
+    def logits(self, z):
+        return (z.double() @ self.weight.T + 0.5).clamp(1e-6, 1 - 1e-6).logit().view(-1, 1, 28, 28)
+
+
+@pytest.mark.parametrize("k", [1, 7, 10, 64])
+def test_the_bound_is_log_p_for_any_k_where_q_is_the_posterior(mnist, k):
+    # Every weight p(x|z) p(z) / q(z|x) is then p(x): a wrong sign, constant or axis has nowhere to hide.
+    model = LinearGaussian(mnist.test_images)
+    bound = common.importance_weighted_bound(model, model.mu, model.logvar, mnist.test_images, k, "mse")
+    assert bound == pytest.approx(model.log_p, abs=2e-4)
+
+
+def test_the_bound_of_a_poor_q_rises_from_the_elbo_to_log_p(mnist):
+    model = LinearGaussian(mnist.test_images)
+    mu, logvar = model.mu + 0.7, model.logvar + 0.7
+    # ELBO = log p(x) - KL(q || posterior)
+    posterior = Normal(model.mu, (0.5 * model.logvar).exp())
+    gap = kl_divergence(Normal(mu, (0.5 * logvar).exp()), posterior).sum(dim=1).mean().item()
+    bounds = []
+    for k, times in ((1, 30), (3, 10), (10, 3), (1000, 1)):  # for small k many draws, so that their mean is exact
+        many = mu.repeat(times, 1), logvar.repeat(times, 1), mnist.test_images.repeat(times, 1, 1, 1)
+        bounds.append(common.importance_weighted_bound(model, *many, k, "mse"))
+    assert gap > 1 and bounds[0] == pytest.approx(model.log_p - gap, abs=0.07)
+    assert bounds == sorted(bounds) and bounds[-1] == pytest.approx(model.log_p, abs=0.01)
+
+
+def test_the_bound_of_bernoulli_pixels_reaches_log_p_by_quadrature(mnist):
+    torch.manual_seed(0)
+    decoder = common.Decoder(1, NARROW)
+    decoder.last_layer[0].weight.data *= 30  # an output that depends on z
+    images = common.binarise(mnist.test_images[:20])
+    x = common.to_pixels(images)
+    grid = torch.linspace(-6, 6, 2001)[:, None]
+    with torch.no_grad():
+        log_px = torch.stack(
+            [Bernoulli(logits=logits).log_prob(x).sum(dim=(1, 2, 3)) for logits in decoder.logits(grid)]
+        )  # (grid, N)
+    log_p = (log_px.double() + Normal(0.0, 1.0).log_prob(grid)).logsumexp(dim=0) + math.log(12 / 2000)
+    assert log_px.std(dim=0).min() > 0.3
+    mu, logvar = torch.zeros(20, 1), torch.zeros(20, 1)  # q is the prior
+    bound = common.importance_weighted_bound(decoder, mu, logvar, images, 4000)
+    assert bound == pytest.approx(log_p.mean().item(), abs=0.02)
+
+
+def test_active_units_are_those_whose_mean_varies_over_images():
+    mu = torch.stack([torch.randn(1000), 0.05 * torch.randn(1000), 3 + torch.zeros(1000)], dim=1)
+    assert common.active_units(mu) == 1  # variances 1, 0.0025 and 0, whatever the means
+
+
+def test_probe_accuracy_is_that_of_ridge_regression_by_least_squares():
+    torch.manual_seed(0)
+    labels = torch.arange(10).repeat(60)
+    codes = torch.randn(10, 6)[labels] + 1.2 * torch.randn(600, 6) + 7  # classes that overlap, away from zero
+    train, test = slice(0, 400), slice(400, 600)
+    centre = codes[train].mean(dim=0)
+    onehot = torch.nn.functional.one_hot(labels[train], 10).float()
+    # The penalty as rows of data: (0.4 ** 0.5 I) w = 0, with 1e-3 * 400 = 0.4.
+    rows = torch.cat([codes[train] - centre, 0.4**0.5 * torch.eye(6)])
+    answers = torch.cat([onehot - onehot.mean(dim=0), torch.zeros(6, 10)])
+    scores = (codes[test] - centre) @ torch.linalg.lstsq(rows, answers).solution + onehot.mean(dim=0)
+    reference = (scores.argmax(dim=1) == labels[test]).float().mean().item()
+    accuracy = common.probe_accuracy(codes[train], labels[train], codes[test], labels[test])
+    assert 0.3 < accuracy < 0.95 and accuracy == pytest.approx(reference)
+
+
+def test_pca_baselines_equal_those_of_a_singular_value_decomposition(mnist):
+    encoder, decoder = build("AE")
+    mu, _ = common.encode(encoder, mnist.test_images)
+    args = argparse.Namespace(latent_dim=5, binarize=False)
+    metrics = common.representation_metrics(encoder, decoder, mnist, mu, args)
+    train_x, x = (images.flatten(1).double() / 255 for images in (mnist.train_images, mnist.test_images))
+    mean = train_x.mean(dim=0)
+    directions = torch.linalg.svd(train_x - mean, full_matrices=False).Vh[:5]  # (5, 784)
+    codes, train_codes = ((part - mean) @ directions.T for part in (x, train_x))
+    assert metrics["pca_mse"] == pytest.approx((codes @ directions + mean - x).square().mean().item(), rel=1e-4)
+    probe = partial(common.probe_accuracy, train_labels=mnist.train_labels, labels=mnist.test_labels)
+    for name, (train_part, part) in {
+        "probe": (common.encode(encoder, mnist.train_images)[0], mu),
+        "pca_probe": (train_codes.float(), codes.float()),
+        "pixel_probe": (train_x.float(), x.float()),
+    }.items():
+        reference = probe(train_codes=train_part, codes=part)
+        assert metrics[f"{name}_accuracy"] == pytest.approx(reference, abs=0.004)  # one image in 300
+
+
 def test_losses_compose_as_the_papers_say(mnist):
     x = common.to_pixels(mnist.train_images[:32])
     models = build("VAE")
@@ -114,6 +233,23 @@ def test_losses_compose_as_the_papers_say(mnist):
         assert same_terms == terms, "the terms and the plain ELBO do not depend on beta"
         if beta == 1:
             torch.testing.assert_close(objective, loss)
+
+
+def test_warmup_and_capacity_follow_their_schedules(mnist):
+    x = common.to_pixels(mnist.train_images[:32])
+    models = build("VAE")
+
+    def penalty(progress, **schedule):
+        torch.manual_seed(1)
+        loss, terms = beta_vae.beta_vae_loss(*models, x, 4, torch.tensor(progress), **schedule)
+        return (loss - terms["recon"]).item(), terms["kl"].item()
+
+    for progress, weight in ((0.0, 0), (0.1, 2), (0.2, 4), (1.0, 4)):  # linear from 0 to beta
+        value, kl = penalty(progress, warmup=0.2)
+        assert value == pytest.approx(weight * kl, abs=1e-3)
+    for progress, target in ((0.0, 0), (0.25, 15), (0.5, 30), (1.0, 30)):  # C grows over the first half
+        value, kl = penalty(progress, capacity=30)
+        assert value == pytest.approx(4 * abs(kl - target), abs=1e-3)
 
 
 def test_the_loss_does_not_depend_on_how_images_are_batched(mnist, monkeypatch):
@@ -224,6 +360,106 @@ def test_one_seed_gives_the_same_run_to_the_bit_and_another_does_not(mnist, tmp_
     assert timeless(first[2]) == timeless(again[2]) != timeless(other[2])
 
 
+def test_progress_runs_from_0_to_1_and_is_1_in_the_last_test(mnist, tmp_path):
+    progress, seen = torch.zeros(()), []
+
+    def loss_fn(encoder, decoder, x):
+        seen.append(progress.item())
+        return vae.vae_loss(encoder, decoder, x)
+
+    args = short_args(epochs=2)
+    common.train_model(*build("VAE"), mnist, loss_fn, args, tmp_path, progress)
+    assert seen == [0, 1 / 16, 2 / 16, 3 / 16, 4 / 16, 5 / 16, 6 / 16, 7 / 16, 0.5] + [i / 16 for i in range(8, 17)]
+
+
+def test_binarised_training_draws_anew_and_the_test_set_is_drawn_once(mnist, tmp_path):
+    batches = []
+
+    def loss_fn(encoder, decoder, x):
+        if torch.is_grad_enabled():
+            batches.append(x)
+        return vae.vae_loss(encoder, decoder, x)
+
+    common.train_model(*build("VAE"), mnist, loss_fn, short_args("--binarize", epochs=4), tmp_path)
+    drawn = torch.cat(batches).view(4, 512, 784)  # each epoch in an order of its own
+    assert set(drawn.unique().tolist()) == {0, 1} and len(drawn.sum(dim=(1, 2)).unique()) == 4
+    pixels = common.to_pixels(mnist.train_images).flatten(1)
+    torch.testing.assert_close(drawn.mean(dim=(0, 1)), pixels.mean(dim=0), atol=0.06, rtol=0)
+
+    once = common.binarise(mnist.train_images)
+    assert torch.equal(once, common.binarise(mnist.train_images)) and set(once.unique().tolist()) == {0, 255}
+    assert common.to_pixels(once).mean().item() == pytest.approx(pixels.mean().item(), abs=0.002)
+
+
+def test_bfloat16_trains_to_the_loss_of_float32(mnist, tmp_path):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        models = build("VAE")
+        args = short_args("--precision", precision, epochs=4)
+        losses.append(common.train_model(*models, mnist, vae.vae_loss, args, tmp_path)[-1]["test_loss"])
+        assert all(tensor.dtype == torch.float32 for model in models for tensor in model.state_dict().values())
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_learning_rate_in_a_tensor_trains_as_one_in_a_float(mnist):
+    x = common.to_pixels(mnist.train_images[:64])
+    trained = []
+    for lr in (1e-3, torch.tensor(1e-3)):
+        models = build("VAE")
+        optimizer = torch.optim.Adam([*models[0].parameters(), *models[1].parameters()], lr=lr, fused=True)
+        torch.manual_seed(0)
+        for step in range(5):
+            common.set_learning_rate(optimizer, 1e-2 / (step + 1))
+            loss, _ = vae.vae_loss(*models, x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
+        assert torch.is_tensor(optimizer.param_groups[0]["lr"]) == torch.is_tensor(lr)
+        trained.append(weights(*models))
+    torch.testing.assert_close(*trained, atol=1e-4, rtol=1e-3)
+
+
+def test_a_graphed_step_runs_three_times_is_recorded_once_and_replayed_from_then_on(monkeypatch):
+    calls, recording = [], []
+
+    @contextlib.contextmanager
+    def graph(_):
+        recording.append(True)
+        yield
+        recording.pop()
+
+    class Graph:
+        def replay(self):
+            calls.append("replayed")
+
+    stand_ins = {"set_device": Mock(), "Stream": Mock, "current_stream": Mock(), "stream": MagicMock(), "graph": graph}
+    for name, stand_in in {**stand_ins, "CUDAGraph": Graph}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    step = common.as_cuda_graph(lambda: calls.append("recorded" if recording else "run"), "cuda:0")
+    for _ in range(6):
+        step()
+    assert calls == ["run"] * 3 + ["recorded"] + ["replayed"] * 3  # a recorded step does nothing by itself
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cuda_graph_gives_the_losses_of_the_eager_step(precision, tmp_path, monkeypatch):
+    data = common.load_mnist(ROOT / "data", torch.device("cuda:0"), limit=4096)
+    histories = []
+    for name in ("graph", "eager"):
+        if name == "eager":
+            monkeypatch.setattr(common, "as_cuda_graph", lambda step, device: step)
+        models = [model.to("cuda:0") for model in build("VAE")]
+        (tmp_path / name).mkdir()
+        args = short_args("--precision", precision, epochs=3)
+        histories.append(common.train_model(*models, data, vae.vae_loss, args, tmp_path / name))
+    for graph, eager in zip(*histories):
+        assert graph["lr"] == eager["lr"]
+        assert graph["train_loss"] == pytest.approx(eager["train_loss"], rel=0.01)
+        assert graph["test_elbo"] == pytest.approx(eager["test_elbo"], rel=0.01)
+
+
 def test_every_seed_and_epoch_has_random_numbers_of_its_own():
     draws = set()
     for seed in range(5):
@@ -261,9 +497,9 @@ TERMS = ["loss", "recon", "kl", "elbo"]
 @pytest.mark.parametrize(
     "command, figures, terms",
     [
-        ("ae.py", FIGURES, TERMS[:2]),
-        ("vae.py", FIGURES + LATENT_FIGURES, TERMS),
-        ("beta_vae.py --beta 2 --latent-dim 2", FIGURES + LATENT_FIGURES + ["manifold"], TERMS),
+        ("ae.py --recon mse", FIGURES, TERMS[:2]),
+        ("vae.py --binarize --iw-samples 3", FIGURES + LATENT_FIGURES, TERMS),
+        ("beta_vae.py --capacity 5 --warmup 0.5 --latent-dim 2", FIGURES + LATENT_FIGURES + ["manifold"], TERMS),
     ],
 )
 def test_a_script_leaves_every_figure_and_finite_numbers(command, figures, terms, tmp_path):
@@ -287,12 +523,22 @@ def test_a_script_leaves_every_figure_and_finite_numbers(command, figures, terms
 
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics) == {"args", "protocol", "test", "train", "environment"}
-    assert set(metrics["test"]) == {*terms, "mse"}
-    assert all(math.isfinite(value) for value in metrics["test"].values())
+    test, protocol = metrics["test"], metrics["protocol"]
+    per_latent = test.pop("kl_per_latent", [])
+    wanted = {*terms, "mse", "pca_mse", "probe_accuracy", "pca_probe_accuracy", "pixel_probe_accuracy"}
+    wanted |= {"active_units"} if "kl" in terms else set()
+    assert set(test) == (wanted | {"iw_bound"} if "--iw-samples" in flags else wanted)
+    assert all(math.isfinite(value) for value in test.values())
+    assert protocol["pixels"] == ("binarised" if "--binarize" in flags else "grey")
+    assert protocol["recon"].startswith("Gaussian" if "mse" in flags else "Bernoulli")
+    assert protocol["K"] == (3 if "--iw-samples" in flags else None)
     for term in terms:
-        assert metrics["test"][term] == float(row[f"test_{term}"])
+        assert test[term] == float(row[f"test_{term}"])
     if "elbo" in terms:
-        assert metrics["test"]["elbo"] == pytest.approx(-metrics["test"]["recon"] - metrics["test"]["kl"])
+        assert test["elbo"] == pytest.approx(-test["recon"] - test["kl"])
+        assert sum(per_latent) == pytest.approx(test["kl"], rel=1e-4) and min(per_latent) >= 0
+    if "iw_bound" in test:
+        assert test["elbo"] < test["iw_bound"] < test["elbo"] + 5
 
     encoder, decoder, args = common.load_model(out)
     assert metrics["train"]["parameters"] == weights(encoder, decoder).numel()
@@ -364,6 +610,17 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
     assert {file.name for file in (tmp_path / "whole").iterdir()} == {
         file.name for file in (tmp_path / "killed").iterdir()
     }
+
+
+def test_resume_keeps_flags_that_are_absent_zero_or_without_a_value(tmp_path):
+    flags = ["--binarize", "--capacity", "0", "--seed", "0", "--out", str(tmp_path / "run")]
+    beta_vae.main([*QUICK[2:], "--epochs", "1", *flags])
+    args = common.read_checkpoint(tmp_path / "run")["args"]
+    assert (args["binarize"], args["capacity"], args["iw_samples"]) == (True, 0, None)
+    beta_vae.main(["--resume", str(tmp_path / "run"), "--epochs", "2", "--iw-samples", "2"])
+    args = common.read_checkpoint(tmp_path / "run")["args"]
+    assert (args["binarize"], args["capacity"], args["iw_samples"], args["epochs"]) == (True, 0, 2, 2)
+    assert "iw_bound" in json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
 
 
 def test_resume_takes_explicit_flags_and_refuses_another_shape_by_name(tmp_path, capsys):
@@ -560,6 +817,8 @@ REFUSED = [
     "--hidden-dims 4 8 8 nan",
     "--batch-size 257 --limit 256",
     "--limit 60001",
+    "--precision fp16",
+    "--recon l1",
     "--device gpu",
     "--device cuda:99",
     "--device cuda:-1",
@@ -580,8 +839,17 @@ REFUSED = [
 ]
 
 
+OF_SOME = [  # refused by scripts that have them for their value, by the others for the flag
+    *(f"--beta {value}" for value in REAL),
+    *(f"{flag} {value}" for flag in ("--warmup", "--capacity") for value in REAL[1:]),
+    "--warmup 21 --epochs 20",
+    *(f"--iw-samples {value}" for value in WHOLE),
+    "--binarize yes",
+]
+
+
 @pytest.mark.parametrize("script", [ae, vae, beta_vae], ids=["ae", "vae", "beta_vae"])
-@pytest.mark.parametrize("flags", [*REFUSED, "--device cuda", *(f"--beta {value}" for value in REAL)])
+@pytest.mark.parametrize("flags", [*REFUSED, "--device cuda", *OF_SOME])
 def test_bad_input_is_refused_in_one_line_and_writes_nothing(script, flags, tmp_path, monkeypatch, capsys):
     if flags == "--device cuda" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -615,3 +883,94 @@ def test_a_refusal_ends_a_process_with_code_2_and_no_traceback(tmp_path):
     done = run_process([ROOT / "beta_vae.py", "--beta", "-4", "--data", ROOT / "data"], tmp_path)
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
     assert done.stderr == "beta_vae.py: error: argument --beta: '-4' is not a finite number above 0\n"
+
+
+# ------------------------------------------------------------------------------------------------
+# Tools
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Writes a metrics.json as a finished run leaves it, with numbers of one's own."""
+
+    def make(name, script="vae.py", seed=0, pixels="grey", epochs=2, k=None, test=(), **args):
+        args = {"epochs": 2, "seed": seed, "iw_samples": k, "latent_dim": 5, "out": name, **args}
+        baselines = {"probe_accuracy": 0.9, "mse": 0.01}
+        baselines |= {"pca_mse": 0.02, "pca_probe_accuracy": 0.8, "pixel_probe_accuracy": 0.86}
+        run = {
+            "args": args,
+            "protocol": {"pixels": pixels, "recon": "Bernoulli", "split": "60000", "K": k},
+            "test": {"recon": 70.0, **baselines, **dict(test)},
+            "train": {"epochs": epochs},
+            "environment": {"script": script, "precision": "float32"},
+        }
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(run))
+        return str(tmp_path / name)
+
+    return make
+
+
+def test_runs_that_differ_in_seed_alone_are_one_row_with_mean_and_deviation(make_run, tmp_path, capsys):
+    runs = [make_run(f"ae{seed}", "ae.py", seed, test={"recon": 50 + seed}) for seed in (0, 1, 2)]
+    for beta, seed, kl in ((4.0, 0, 10), (4.0, 1, 13), (8.0, 0, 6)):
+        terms = {"recon": 80, "kl": kl, "elbo": -80 - kl, "active_units": 3}
+        runs.append(make_run(f"b{beta}-{seed}", "beta_vae.py", seed, beta=beta, test=terms))
+    compare_runs.main([*runs, "--out", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[0].startswith("| model | seeds | recon | KL | ELBO | active units | probe % |")
+    assert lines[2].startswith("| AE | 3 | 51.00 ± 1.00 |  |  |")
+    assert lines[3].startswith(
+        "| beta-VAE, beta 4 | 2 | 80.00 ± 0.00 | 11.50 ± 2.12 | -91.50 ± 2.12 | 3.0 ± 0.0 | 90.0 ±"
+    )
+    assert lines[4].startswith("| beta-VAE, beta 8 | 1 | 80.00 | 6.00 | -86.00 | 3.0 | 90.0 | 10.00 |")
+    assert lines[5] == "| PCA, 5 components |  |  |  |  |  | 80.0 | 20.00 |" and len(lines) == 7
+    tex = (tmp_path / "comparison.tex").read_text()
+    assert r"$\beta$-VAE, $\beta$ 4 & 2 & $80.00 \pm 0.00$ & $11.50 \pm 2.12$" in tex and tex.count(r"\toprule") == 1
+    assert imread(tmp_path / "rate_distortion.png").std() > 0.01 and (tmp_path / "rate_distortion.pdf").exists()
+
+
+def test_numbers_of_other_protocols_never_share_a_column(make_run, tmp_path, capsys):
+    terms = {"kl": 20, "elbo": -90, "active_units": 5}
+    grey = [make_run("grey", test=terms), make_run("wide", test=terms, latent_dim=9)]
+    binarised = [make_run(f"k{k}", k=k, pixels="binarised", test={**terms, "iw_bound": -k / 10}) for k in (50, 500)]
+    compare_runs.main([*grey, *binarised, "--out", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "Not comparable, so in tables apart: pixels is binarised / grey." in output
+    header = "| model | seeds | recon | KL | ELBO | {}active units | probe % | 1000 MSE |"
+    first, second = output.split("| model |")[1:]
+    assert header.format("") in output and "IW" not in first
+    assert "| VAE, latent_dim 5 | 1 |" in first and "| VAE, latent_dim 9 | 1 |" in first
+    assert header.format("IW bound, K = 50 | IW bound, K = 500 | ") in output
+    assert "| -5.00 |  |" in second and "|  | -50.00 |" in second
+
+
+def test_what_is_no_finished_run_is_refused_in_one_line(make_run, tmp_path, capsys):
+    good = make_run("good")
+    for bad in (make_run("stopped", epochs=1, seed=5), make_run("twice"), str(tmp_path), str(tmp_path / "none")):
+        with pytest.raises(SystemExit) as refusal:
+            compare_runs.main([good, bad, "--out", str(tmp_path)])
+        error = capsys.readouterr().err
+        assert refusal.value.code == 2 and error.count("\n") == 1 and bad in error
+    assert not (tmp_path / "comparison.tex").exists()
+
+
+def test_both_loops_of_the_benchmark_train_and_report_their_rates():
+    args = benchmark.default_args(f"--epochs 1 --limit 256 --hidden-dims 4 8 8 16 --data {ROOT / 'data'}")
+    rate, memory = benchmark.textbook(args, torch.device("cpu"))
+    our_rate, our_memory, seconds, loss = benchmark.ours(args, torch.device("cpu"), test_images=10)
+    assert min(rate, memory, our_rate, our_memory, seconds) > 0 and 100 < loss < 1000
+    # A convolution's products, twice for a multiplication and an addition, thrice for the two gradients,
+    # but for the first layer's, whose input needs none.
+    args = benchmark.default_args("")
+    forward = 16 * 2 * (256 * 32 + 64 * 32 * 64 + 16 * 64 * 128 + 4 * 128 * 256)  # the encoder's convolutions
+    forward += 16 * 2 * (16 * 256 * 128 + 64 * 128 * 64 + 256 * 64 * 32) + 9 * 2 * 1024 * 32  # the decoder's
+    forward += 2 * (2 * 1024 * 20 + 20 * 4096)  # the linear layers
+    assert benchmark.count_flops(args) == 3 * forward - 16 * 2 * 256 * 32
+
+
+def test_the_benchmark_refuses_an_unknown_device(capsys):
+    with pytest.raises(SystemExit) as refusal:
+        benchmark.main(["--device", "gpu"])
+    assert refusal.value.code == 2 and "'gpu' is no device" in capsys.readouterr().err

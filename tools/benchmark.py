@@ -8,7 +8,6 @@ its own, so that neither loop profits from the other's memory; images/s are thos
 two passes, loading and evaluation left out.
 """
 
-import argparse
 import contextlib
 import io
 import multiprocessing
@@ -110,7 +109,7 @@ def in_fresh_process(function, *args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="tools.benchmark", description=__doc__.splitlines()[0])
+    parser = common.Parser(prog="tools.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--data", metavar="DIR", default="data", help="folder that holds MNIST/raw/*.gz")
     flags = parser.parse_args(argv)
