@@ -40,7 +40,7 @@ except ImportError:  # Windows
 
 EVAL_SEED = 0  # of the samples z behind every test number, whatever the run's own seed is
 EVAL_BATCH = 500  # test images at a time; bounds the memory of evaluation
-IW_BATCH = 250  # codes decoded at a time for the importance-weighted bound: what a CPU's cache likes
+DECODE_BATCH = 250  # codes decoded at a time after training: what a CPU's cache likes
 
 # ------------------------------------------------------------------------------------------------
 # Data
@@ -93,7 +93,7 @@ def load_mnist(root, device="cpu", limit=None):
 
 def to_pixels(images):
     """uint8 images in [0, 255] to float32 in [0, 1], same shape."""
-    return images.float() / 255
+    return images.float().div_(255)
 
 
 def binarise(images):
@@ -473,7 +473,7 @@ def encode(encoder, images):
 def reconstruction_mse(decoder, mu, images):
     """Mean squared error per pixel of the reconstructions from mu (N, latent_dim) of uint8 images."""
     total = 0
-    for code, batch in zip(mu.split(EVAL_BATCH), images.split(EVAL_BATCH)):
+    for code, batch in zip(mu.split(DECODE_BATCH), images.split(DECODE_BATCH)):
         total = total + (decoder(code) - to_pixels(batch)).square().sum()
     return total.item() / images.numel()
 
@@ -495,7 +495,7 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
     torch.manual_seed(EVAL_SEED)
     per_pass = min(k, 10)  # samples of an image at a time
     total, done, start = 0, 0, time.perf_counter()
-    parts = (tensor.split(IW_BATCH // per_pass) for tensor in (mu, logvar, images))
+    parts = (tensor.split(DECODE_BATCH // per_pass) for tensor in (mu, logvar, images))
     for mean, log_variance, batch in zip(*parts):
         x = to_pixels(batch)
         log_sum = torch.full_like(mean[:, 0], -math.inf)  # (B,): log of the sum of weights so far
