@@ -3,7 +3,12 @@
     maximise  E_q(z|x)[log p(x|z)] - beta KL(q(z|x) || p(z)),    p(z) = N(0, I)
 
 Higgins et al., "beta-VAE: Learning Basic Visual Concepts with a Constrained Variational
-Framework", ICLR 2017. With beta 1 it is the VAE.
+Framework", ICLR 2017. With beta 1 it is the VAE; --warmup lets beta grow from 0.
+
+    maximise  E_q(z|x)[log p(x|z)] - beta |KL(q(z|x) || p(z)) - C|
+
+With --capacity, C growing from 0 over the first half of training: Burgess et al., "Understanding
+disentangling in beta-VAE", 2018.
 
     python beta_vae.py --beta 4 --epochs 20 --device cuda
 
@@ -92,9 +97,6 @@ def main(argv=None):
         test = representation_metrics(encoder, decoder, data, mu, args)
         test["active_units"] = active_units(mu)
         test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
-        if args.iw_samples:
-            images, k = data.test_images, args.iw_samples
-            test["iw_bound"] = importance_weighted_bound(decoder, mu, logvar, images, k, args.recon)
         save_metrics(encoder, decoder, data, test, history, args, out)
         titles = {"loss": f"objective, $\\beta$ = {args.beta:g}", "elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
         plot_loss_curves(history, titles, out)
@@ -107,6 +109,10 @@ def main(argv=None):
         plot_traversals(decoder, mu, logvar, out)
         if args.latent_dim == 2:
             plot_manifold(decoder, out)
+        if args.iw_samples and len(history) == args.epochs:  # last: it may take as long as the training
+            images, k = data.test_images, args.iw_samples
+            test["iw_bound"] = importance_weighted_bound(decoder, mu, logvar, images, k, args.recon)
+            save_metrics(encoder, decoder, data, test, history, args, out)
 
 
 if __name__ == "__main__":

@@ -485,7 +485,7 @@ def active_units(mu):
 
 @exactly()
 def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
-    """log p(x) bounded from below with k samples of q(z|x) an image, in nats per image: Burda et al. (2016), eq. 8.
+    """log p(x) bounded from below with k samples of q(z|x) an image, in nats per image: Burda et al. (2016).
 
         E[log 1/k sum_i w_i],    w_i = p(x|z_i) p(z_i) / q(z_i|x),    z_i ~ q(z|x)
 

@@ -68,9 +68,6 @@ def main(argv=None):
         test = representation_metrics(encoder, decoder, data, mu, args)
         test["active_units"] = active_units(mu)
         test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
-        if args.iw_samples:
-            images, k = data.test_images, args.iw_samples
-            test["iw_bound"] = importance_weighted_bound(decoder, mu, logvar, images, k, args.recon)
         save_metrics(encoder, decoder, data, test, history, args, out)
         titles = {"loss": "$-$ELBO", "recon": "reconstruction", "kl": "KL"}
         plot_loss_curves(history, titles, out)
@@ -83,6 +80,10 @@ def main(argv=None):
         plot_traversals(decoder, mu, logvar, out)
         if args.latent_dim == 2:
             plot_manifold(decoder, out)
+        if args.iw_samples and len(history) == args.epochs:  # last: it may take as long as the training
+            images, k = data.test_images, args.iw_samples
+            test["iw_bound"] = importance_weighted_bound(decoder, mu, logvar, images, k, args.recon)
+            save_metrics(encoder, decoder, data, test, history, args, out)
 
 
 if __name__ == "__main__":
