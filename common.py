@@ -319,6 +319,7 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     progress = torch.zeros((), device=device) if progress is None else progress
     totals = defaultdict(lambda: torch.zeros((), device=device))  # on the device: reading them would stall each step
 
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # float32 as asked, not rounded to TensorFloat-32
     def training_step():
         x = to_pixels(images[index])
         if args.binarize:
@@ -442,7 +443,7 @@ def show_line(line, milestone, last):
 
 @contextlib.contextmanager
 def exactly():
-    """Inference in true float32, for numbers that are reported: cuDNN would round to TensorFloat-32 unasked."""
+    """Inference for numbers that are reported: in float32, which cuDNN would round to TensorFloat-32 unasked."""
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 

@@ -844,7 +844,6 @@ OF_SOME = [  # refused by scripts that have them for their value, by the others 
     *(f"{flag} {value}" for flag in ("--warmup", "--capacity") for value in REAL[1:]),
     "--warmup 21 --epochs 20",
     *(f"--iw-samples {value}" for value in WHOLE),
-    "--binarize yes",
 ]
 
 
