@@ -78,7 +78,7 @@ def main(argv=None):
     grown = {"metavar": "EPOCHS", "type": positive_or_zero, "default": 0.0}
     objective.add_argument("--warmup", **grown, help="epochs over which beta grows from 0")
     target = {"metavar": "NATS", "type": positive_or_zero}
-    objective.add_argument("--capacity", **target, help="make it beta |KL - C|, C from 0 to this (default: plain KL)")
+    objective.add_argument("--capacity", **target, help="C: beta |KL - C| in place of beta KL")
     add_likelihood_flags(parser)
     args = parse_args(parser, argv)
     if args.warmup > args.epochs:

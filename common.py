@@ -951,7 +951,7 @@ def add_likelihood_flags(parser):
     likelihood = parser.add_argument_group("likelihood")
     likelihood.add_argument("--binarize", action="store_true", help="draw each pixel from Bernoulli(pixel)")
     count = {"metavar": "K", "type": positive_int}
-    likelihood.add_argument("--iw-samples", **count, help="samples of the importance-weighted bound (default: none)")
+    likelihood.add_argument("--iw-samples", **count, help="samples an image of the importance-weighted bound")
 
 
 def parse_args(parser, argv=None):
