@@ -500,7 +500,8 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
     for mean, log_variance, batch in zip(*parts):
         x = to_pixels(batch)
         log_sum = torch.full_like(mean[:, 0], -math.inf)  # (B,): log of the sum of weights so far
-        for samples in [per_pass] * (k // per_pass) + [k % per_pass] * (k % per_pass > 0):
+        for first in range(0, k, per_pass):
+            samples = min(per_pass, k - first)
             eps = torch.randn(samples, *mean.shape, device=mean.device)
             z = mean + eps * (0.5 * log_variance).exp()  # (samples, B, latent_dim)
             logits = decoder.logits(z.flatten(0, 1))  # (samples * B, 1, 28, 28)
@@ -519,10 +520,8 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
 
 def probe_accuracy(train_codes, train_labels, codes, labels):
     """Share of `codes` (N, D) whose label a linear probe finds: ridge regression to one-hot labels, then argmax."""
-    train_codes, train_labels, codes, labels = (
-        tensor.cpu()
-        for tensor in (train_codes, train_labels, codes, labels)  # not every accelerator can solve
-    )
+    tensors = (train_codes, train_labels, codes, labels)
+    train_codes, train_labels, codes, labels = (tensor.cpu() for tensor in tensors)  # not every accelerator can solve
     mean = train_codes.mean(dim=0)
     y = F.one_hot(train_labels, 10).float()  # (N, 10)
     scatter = train_codes.T @ train_codes - len(y) * mean.outer(mean)  # (D, D), of the centred codes
