@@ -699,9 +699,11 @@ def plot_kl_per_dimension(mu, logvar, out):
     figure = Figure(figsize=(WIDTH, 0.5 * WIDTH), layout="constrained")
     ax = figure.add_subplot()
     ax.bar(range(len(kl)), kl.tolist())
-    if len(kl) <= 30:
+    named = len(kl) <= 30  # the ticks have room for the latents' own numbers
+    if named:
         ax.set_xticks(range(len(kl)), order.tolist())
-    ax.set(xlabel="latent, sorted by KL", ylabel="KL (nats per image)", title=f"Sum over latents: {kl.sum():.1f} nats")
+    xlabel = "latent, sorted by KL" if named else "rank of the latent by KL"
+    ax.set(xlabel=xlabel, ylabel="KL (nats per image)", title=f"Sum over latents: {kl.sum():.1f} nats")
     save_figure(figure, out, "kl_per_dimension")
 
 
