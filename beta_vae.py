@@ -62,6 +62,7 @@ def beta_vae_loss(encoder, decoder, x, beta, progress=1.0, warmup=0.0, capacity=
     recon = reconstruction_term(decoder.logits(z), x, kind)  # -E_q(z|x)[log p(x|z)], from one sample z
     kl = kl_divergence(mu, logvar)
     elbo = -(recon + kl)
+    progress = torch.as_tensor(progress)
     if warmup:
         beta = beta * (progress / warmup).clamp(max=1)  # linear, from 0
     if capacity is None:

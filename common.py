@@ -99,9 +99,8 @@ def to_pixels(images):
 def binarise(images):
     """uint8 images drawn once from Bernoulli(pixel), with a fixed seed: 0 or 255, same shape."""
     generator = torch.Generator().manual_seed(EVAL_SEED)  # on the CPU: the same images on every device
-    return (torch.rand(images.shape, generator=generator).to(images.device) < to_pixels(images)) * images.new_tensor(
-        255
-    )
+    ones = torch.rand(images.shape, generator=generator).to(images.device) < to_pixels(images)
+    return ones.to(torch.uint8) * 255
 
 
 # ------------------------------------------------------------------------------------------------
@@ -833,7 +832,7 @@ def save_metrics(encoder, decoder, data, test, history, args, out):
             }[args.recon],
             "z": "one sample of q(z|x) an image" if "kl" in terms else "the code itself",
             "mse": "per pixel, reconstructions from the mean code",
-            "K": args.iw_samples,
+            "K": args.iw_samples if "iw_bound" in test else None,
             "seed": args.seed,
             "evaluation_seed": EVAL_SEED,
             "units": "nats per image",

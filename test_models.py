@@ -241,7 +241,7 @@ def test_warmup_and_capacity_follow_their_schedules(mnist):
 
     def penalty(progress, **schedule):
         torch.manual_seed(1)
-        loss, terms = beta_vae.beta_vae_loss(*models, x, 4, torch.tensor(progress), **schedule)
+        loss, terms = beta_vae.beta_vae_loss(*models, x, 4, progress, **schedule)
         return (loss - terms["recon"]).item(), terms["kl"].item()
 
     for progress, weight in ((0.0, 0), (0.1, 2), (0.2, 4), (1.0, 4)):  # linear from 0 to beta
