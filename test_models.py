@@ -307,6 +307,21 @@ def test_the_decoders_crop_undoes_the_encoders_padding():
     assert torch.equal(decoder.logits(padded[0].flatten(1)), x)
 
 
+def test_a_bias_added_apart_gives_the_images_and_gradients_of_torchs_own_layer():
+    torch.manual_seed(0)
+    ours = common.ConvTranspose2d(6, 3, 4, 2, 1).double()
+    theirs = torch.nn.ConvTranspose2d(6, 3, 4, 2, 1).double()
+    theirs.load_state_dict(ours.state_dict())
+    x, weight = torch.randn(2, 6, 5, 5).double(), torch.randn(2, 3, 10, 10).double()
+    results = []
+    for layer in (ours, theirs):
+        z = x.clone().requires_grad_()
+        images = layer(z)
+        (images * weight).sum().backward()
+        results.append([images, z.grad, layer.weight.grad, layer.bias.grad])
+    torch.testing.assert_close(*results)
+
+
 def test_reparameterize_has_the_mean_and_variance_it_is_given():
     encoder, _ = build("VAE")
     mu, logvar = torch.tensor([[-3.0, 0.0, 2.0]]), torch.tensor([[-2.0, 0.0, 1.0]])
