@@ -693,7 +693,8 @@ def plot_latent_space(mu, labels, out):
     # In the test set's order, so that no digit is drawn on top of all others; a bitmap in the PDF too.
     ax.scatter(*points, s=1, linewidths=0, c=[DIGIT_COLOURS[label] for label in labels], rasterized=True)
     handles = [ax.scatter([], [], s=12, c=colour, label=digit) for digit, colour in enumerate(DIGIT_COLOURS)]
-    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1], aspect="equal")
+    # By the data's limits: a box that shrank to fit would push the label over the figure's edge.
+    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1], aspect="equal", adjustable="datalim")
     figure.legend(handles=handles, title="digit", loc="outside right center", frameon=False, handletextpad=0.1)
     save_figure(figure, out, "latent_space")
 
