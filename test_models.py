@@ -528,7 +528,10 @@ def test_a_script_leaves_every_figure_and_finite_numbers(command, figures, terms
     expected = {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf")}
     assert {file.name for file in out.iterdir()} == expected | {"history.csv", "metrics.json", "checkpoint.pt", ".lock"}
     for figure in figures:
-        assert imread(out / f"{figure}.png").std() > 0.01, f"{figure} is blank"
+        image = imread(out / f"{figure}.png")
+        assert image.std() > 0.01, f"{figure} is blank"
+        edges = (image[0], image[-1], image[:, 0], image[:, -1])
+        assert all(edge.min() == 1 for edge in edges), f"{figure} is cut off"
         assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
 
     (row,) = csv.DictReader((out / "history.csv").open())
