@@ -256,12 +256,12 @@ def pick_precision(device, wanted="auto"):
     if wanted != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted], "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "native on this GPU"
+        return torch.bfloat16, "native"
     if device.type == "cpu":
         if torch.cpu._is_amx_tile_supported():
-            return torch.bfloat16, "native on this CPU (AMX)"
+            return torch.bfloat16, "native: AMX"
         if torch.cpu._is_avx512_bf16_supported():
-            return torch.bfloat16, "native on this CPU (AVX512-BF16)"
+            return torch.bfloat16, "native: AVX512-BF16"
     return torch.float32, "no native bfloat16"
 
 
