@@ -416,6 +416,19 @@ def test_bfloat16_trains_to_the_loss_of_float32(mnist, tmp_path):
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+@pytest.mark.parametrize("has", ["amx_tile", "avx512_bf16", None])
+def test_bfloat16_is_taken_where_the_processor_has_it_or_where_it_is_asked_for(has, monkeypatch):
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == has)
+    cpu = torch.device("cpu")
+    dtype, reason = common.pick_precision(cpu)
+    assert dtype == (torch.bfloat16 if has else torch.float32)
+    assert reason == {"amx_tile": "native: AMX", "avx512_bf16": "native: AVX512-BF16", None: "no native bfloat16"}[has]
+    assert common.pick_precision(torch.device("mps"))[0] == torch.float32
+    assert common.pick_precision(cpu, "bf16") == (torch.bfloat16, "as asked")
+    assert common.pick_precision(cpu, "fp32") == (torch.float32, "as asked")
+
+
 def test_a_learning_rate_in_a_tensor_trains_as_one_in_a_float(mnist):
     x = common.to_pixels(mnist.train_images[:64])
     trained = []
