@@ -168,10 +168,8 @@ def plot_rate_distortion(tables, out):
             ax.annotate(label, (x, y), textcoords="offset points", fontsize=6, bbox=plain, **where)
         for total in MaxNLocator(6).tick_values(left + bottom, right + top):
             ax.axline((left, total - left), slope=-1, color="0.8", linewidth=0.5, zorder=0)
-            x = left + 0.94 * (min(right, total - bottom) - left)  # near where the line leaves the panel
-            if left + 0.1 * (right - left) < x and 0.03 * (top - bottom) < total - x - bottom < top - bottom:
-                where = {"ha": "right", "va": "center", "bbox": plain}
-                ax.annotate(f"$-{total:g}$", (x, total - x), color="0.5", fontsize=5, **where)
+            if bottom < total - right < top:  # where the line leaves the panel
+                ax.annotate(f" $-{total:g}$", (right, total - right), color="0.5", fontsize=5, va="center")
         ax.set(xlim=(left, right), ylim=(bottom, top))
         ax.set(xlabel="rate: KL (nats per image)", ylabel="distortion: recon (nats per image)")
         ax.set_title(f"{dict(key)['pixels']} pixels; along a grey line the ELBO is the same")
