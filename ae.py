@@ -6,8 +6,8 @@ Hinton & Salakhutdinov, "Reducing the Dimensionality of Data with Neural Network
 
     python ae.py --epochs 20 --device cuda
 
-Test recon 56.90 nats, MSE 0.00403 per pixel: grey pixels, 20 epochs, seed 0,
-float32 on two CPU cores (AMD EPYC), torch 2.15.0.
+Test recon 57.83 +- 0.17 nats, MSE 0.00437 per pixel: grey pixels, 10 epochs, seeds 0 to 2,
+bfloat16 on a CPU core (AMD EPYC, Zen 5), torch 2.15.0.
 """
 
 from functools import partial

@@ -12,8 +12,8 @@ disentangling in beta-VAE", 2018.
 
     python beta_vae.py --beta 4 --epochs 20 --device cuda
 
-Test ELBO -105.38 nats (recon 94.97, KL 10.42): grey pixels, 20 epochs, seed 0,
-float32 on two CPU cores (AMD EPYC), torch 2.15.0.
+Test ELBO -108.02 +- 0.18 nats (recon 97.97, KL 10.05): beta 4, grey pixels, 10 epochs, seeds 0 to 2,
+bfloat16 on a CPU core (AMD EPYC, Zen 5), torch 2.15.0.
 """
 
 from functools import partial
