@@ -156,7 +156,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """torch's own, with the bias added apart: on CPUs oneDNN's bfloat16 gradient of it costs a sixth of a step."""
 
     def forward(self, x):
-        h = F.conv_transpose2d(x, self.weight, None, self.stride, self.padding)
+        shape = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        h = F.conv_transpose2d(x, self.weight, None, *shape)
         return h + self.bias.to(h.dtype)[:, None, None]
 
 

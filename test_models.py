@@ -309,10 +309,12 @@ def test_the_decoders_crop_undoes_the_encoders_padding():
 
 def test_a_bias_added_apart_gives_the_images_and_gradients_of_torchs_own_layer():
     torch.manual_seed(0)
-    ours = common.ConvTranspose2d(6, 3, 4, 2, 1).double()
-    theirs = torch.nn.ConvTranspose2d(6, 3, 4, 2, 1).double()
+    settings = {"stride": 2, "padding": 1, "output_padding": 1, "groups": 3, "dilation": 2}
+    ours = common.ConvTranspose2d(6, 3, 4, **settings).double()
+    theirs = torch.nn.ConvTranspose2d(6, 3, 4, **settings).double()
     theirs.load_state_dict(ours.state_dict())
-    x, weight = torch.randn(2, 6, 5, 5).double(), torch.randn(2, 3, 10, 10).double()
+    x = torch.randn(2, 6, 5, 5).double()
+    weight = torch.randn_like(theirs(x))
     results = []
     for layer in (ours, theirs):
         z = x.clone().requires_grad_()

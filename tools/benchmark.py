@@ -3,10 +3,9 @@
     python -m tools.benchmark --device cpu
 
 The textbook loop is what most scripts do: a DataLoader with ToTensor, torch's own layers, float32,
-one .item() a step.
-Both train the same model on the same images with batches of 128. Every measurement is a process of
-its own, so that neither loop profits from the other's memory; images/s are those of the second of
-two passes, loading and evaluation left out.
+one .item() a step. Both train the same model on the same images with batches of 128. Every
+measurement is a process of its own, so that neither loop profits from the other's memory; images/s
+are those of the second of two passes, loading and evaluation left out.
 """
 
 import contextlib
