@@ -14,31 +14,14 @@ from functools import partial
 
 import torch
 
-from common import (
-    EVAL_SEED,
-    Decoder,
-    Encoder,
-    encode,
-    make_parser,
-    parse_args,
-    plot_interpolations,
-    plot_latent_space,
-    plot_loss_curves,
-    plot_reconstructions,
-    plot_samples,
-    reconstruction_term,
-    representation_metrics,
-    save_metrics,
-    seed_epoch,
-    start_run,
-    train_model,
-)
+import common
+from common import Decoder, Encoder, decode_grid, reconstruction_term
 
 
 def ae_loss(encoder, decoder, x, kind="bce"):
     """The reconstruction term of this kind, in nats per image, for images x (B, 1, 28, 28) in [0, 1]."""
     z = encoder(x)
-    recon = reconstruction_term(decoder.logits(z), x, kind)
+    recon = reconstruction_term(decoder.logits(z), x, kind).mean()  # over the batch
     return recon, {"recon": recon}
 
 
@@ -54,28 +37,26 @@ def sample_codes(codes, n):
 
 
 def main(argv=None):
-    parser = make_parser("ae", __doc__)
-    args = parse_args(parser, argv)
-    with start_run(parser, args) as (data, out):
-        device = data.train_images.device
-        seed_epoch(args.seed, 0)
+    parser = common.make_parser("ae", __doc__)
+    args = common.parse_args(parser, argv)
+    with common.start_run(parser, args) as (data, out):
+        device, images, labels = data.train_images.device, data.test_images, data.test_labels
+        common.seed_epoch(args.seed, 0)
         encoder = Encoder(args.hidden_dims, args.latent_dim, "AE").to(device)
         decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
         loss_fn = partial(ae_loss, kind=args.recon)
-        history = train_model(encoder, decoder, data, loss_fn, args, out)
+        history = common.train_model(encoder, decoder, data, loss_fn, args, out)
 
-        mu, _ = encode(encoder, data.test_images)
-        test = representation_metrics(encoder, decoder, data, mu, args)
-        save_metrics(encoder, decoder, data, test, history, args, out)
-        titles = {"recon": "reconstruction"}
-        plot_loss_curves(history, titles, out)
-        plot_reconstructions(decoder, mu, data.test_images, data.test_labels, out)
-        torch.manual_seed(EVAL_SEED)
-        plot_samples(
-            decoder, sample_codes(mu, 100), out, "Samples of a Gaussian fitted to the codes: an AE has no prior"
-        )
-        plot_interpolations(decoder, mu, data.test_labels, out)
-        plot_latent_space(mu, data.test_labels, out)
+        mu, _ = common.encode(encoder, images)
+        test = common.representation_metrics(encoder, decoder, data, mu, args)
+        common.save_metrics(encoder, decoder, data, test, history, args, out)
+        common.plot_loss_curves(history, {"recon": "reconstruction"}, out)
+        common.plot_reconstructions(decoder, mu, images, labels, out)
+        torch.manual_seed(common.EVAL_SEED)
+        samples = decode_grid(decoder, sample_codes(mu, 100).view(10, 10, -1))
+        common.plot_grid(samples, out, "samples", "Samples of a Gaussian fitted to the codes: an AE has no prior")
+        common.plot_interpolations(decoder, mu, labels, out)
+        common.plot_latent_space(mu, labels, out)
 
 
 if __name__ == "__main__":

@@ -20,35 +20,8 @@ from functools import partial
 
 import torch
 
-from common import (
-    EVAL_SEED,
-    Decoder,
-    Encoder,
-    active_units,
-    add_likelihood_flags,
-    encode,
-    importance_weighted_bound,
-    kl_divergence,
-    kl_per_latent,
-    make_parser,
-    parse_args,
-    plot_interpolations,
-    plot_kl_per_dimension,
-    plot_latent_space,
-    plot_loss_curves,
-    plot_manifold,
-    plot_reconstructions,
-    plot_samples,
-    plot_traversals,
-    positive_float,
-    positive_or_zero,
-    reconstruction_term,
-    representation_metrics,
-    save_metrics,
-    seed_epoch,
-    start_run,
-    train_model,
-)
+import common
+from common import Decoder, Encoder, decode_grid, kl_per_latent, reconstruction_term
 
 
 def beta_vae_loss(encoder, decoder, x, beta, progress=1.0, warmup=0.0, capacity=None, kind="bce"):
@@ -59,8 +32,8 @@ def beta_vae_loss(encoder, decoder, x, beta, progress=1.0, warmup=0.0, capacity=
     `elbo` is the plain one, whatever beta is, so that runs compare.
     """
     mu, logvar, z = encoder(x)
-    recon = reconstruction_term(decoder.logits(z), x, kind)  # -E_q(z|x)[log p(x|z)], from one sample z
-    kl = kl_divergence(mu, logvar)
+    recon = reconstruction_term(decoder.logits(z), x, kind).mean()  # -E_q(z|x)[log p(x|z)], one sample z an image
+    kl = kl_per_latent(mu, logvar).sum()  # KL(q(z|x) || p(z))
     elbo = -(recon + kl)
     progress = torch.as_tensor(progress)
     if warmup:
@@ -73,47 +46,47 @@ def beta_vae_loss(encoder, decoder, x, beta, progress=1.0, warmup=0.0, capacity=
 
 
 def main(argv=None):
-    parser = make_parser("beta_vae", __doc__)
+    parser = common.make_parser("beta_vae", __doc__)
     objective = parser.add_argument_group("objective")
-    objective.add_argument("--beta", type=positive_float, default=4.0, help="weight of the KL term")
-    grown = {"metavar": "EPOCHS", "type": positive_or_zero, "default": 0.0}
-    objective.add_argument("--warmup", **grown, help="epochs over which beta grows from 0")
-    target = {"metavar": "NATS", "type": positive_or_zero}
-    objective.add_argument("--capacity", **target, help="C: beta |KL - C| in place of beta KL")
-    add_likelihood_flags(parser)
-    args = parse_args(parser, argv)
+    objective.add_argument("--beta", type=common.positive_float, default=4.0, help="weight of the KL term")
+    epochs = {"metavar": "EPOCHS", "type": common.positive_or_zero, "default": 0.0}
+    objective.add_argument("--warmup", **epochs, help="epochs over which beta grows from 0")
+    nats = {"metavar": "NATS", "type": common.positive_or_zero}
+    objective.add_argument("--capacity", **nats, help="C: beta |KL - C| in place of beta KL")
+    common.add_likelihood_flags(parser)
+    args = common.parse_args(parser, argv)
     if args.warmup > args.epochs:
         parser.error(f"argument --warmup: {args.warmup:g} epochs of a run of {args.epochs}")
-    with start_run(parser, args) as (data, out):
-        device = data.train_images.device
-        seed_epoch(args.seed, 0)
+    with common.start_run(parser, args) as (data, out):
+        device, images, labels = data.train_images.device, data.test_images, data.test_labels
+        common.seed_epoch(args.seed, 0)
         encoder = Encoder(args.hidden_dims, args.latent_dim, "VAE").to(device)
         decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
         progress = torch.zeros((), device=device)  # train_model keeps it at the share of the training done
         schedule = {"progress": progress, "warmup": args.warmup / args.epochs, "capacity": args.capacity}
         loss_fn = partial(beta_vae_loss, beta=args.beta, **schedule, kind=args.recon)
-        history = train_model(encoder, decoder, data, loss_fn, args, out, progress)
+        history = common.train_model(encoder, decoder, data, loss_fn, args, out, progress)
 
-        mu, logvar = encode(encoder, data.test_images)
-        test = representation_metrics(encoder, decoder, data, mu, args)
-        test["active_units"] = active_units(mu)
+        mu, logvar = common.encode(encoder, images)
+        test = common.representation_metrics(encoder, decoder, data, mu, args)
+        test["active_units"] = common.active_units(mu)
         test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
-        save_metrics(encoder, decoder, data, test, history, args, out)
+        common.save_metrics(encoder, decoder, data, test, history, args, out)
         titles = {"loss": f"objective, $\\beta$ = {args.beta:g}", "elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
-        plot_loss_curves(history, titles, out)
-        plot_reconstructions(decoder, mu, data.test_images, data.test_labels, out)
-        torch.manual_seed(EVAL_SEED)
-        plot_samples(decoder, torch.randn(100, args.latent_dim).to(device), out, r"Samples, $z \sim N(0, I)$")
-        plot_interpolations(decoder, mu, data.test_labels, out)
-        plot_latent_space(mu, data.test_labels, out)
-        plot_kl_per_dimension(mu, logvar, out)
-        plot_traversals(decoder, mu, logvar, out)
+        common.plot_loss_curves(history, titles, out)
+        common.plot_reconstructions(decoder, mu, images, labels, out)
+        torch.manual_seed(common.EVAL_SEED)
+        samples = decode_grid(decoder, torch.randn(10, 10, args.latent_dim).to(device))
+        common.plot_grid(samples, out, "samples", r"Samples, $z \sim N(0, I)$")
+        common.plot_interpolations(decoder, mu, labels, out)
+        common.plot_latent_space(mu, labels, out)
+        common.plot_kl_per_dimension(mu, logvar, out)
+        common.plot_traversals(decoder, mu, logvar, out)
         if args.latent_dim == 2:
-            plot_manifold(decoder, out)
+            common.plot_manifold(decoder, out)
         if args.iw_samples and len(history) == args.epochs:  # last: it may take as long as the training
-            images, k = data.test_images, args.iw_samples
-            test["iw_bound"] = importance_weighted_bound(decoder, mu, logvar, images, k, args.recon)
-            save_metrics(encoder, decoder, data, test, history, args, out)
+            bound = common.importance_weighted_bound(decoder, mu, logvar, images, args.iw_samples, args.recon)
+            common.save_metrics(encoder, decoder, data, {**test, "iw_bound": bound}, history, args, out)
 
 
 if __name__ == "__main__":

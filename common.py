@@ -1,7 +1,7 @@
 """What ae.py, vae.py and beta_vae.py share: data, Encoder, Decoder, training, evaluation, figures.
 
-The sections stand in the order in which the data flows. All losses are in nats per image: summed
-over pixels or latents, averaged over the batch.
+The sections stand in the order in which the data flows, and the machinery (run folder, command line)
+comes last. All losses are in nats per image: summed over pixels or latents, averaged over the batch.
 """
 
 import argparse
@@ -13,15 +13,13 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import torch
@@ -34,34 +32,29 @@ from torchvision.datasets.utils import check_integrity
 
 try:
     import fcntl
-    import resource
 except ImportError:  # Windows
-    fcntl = resource = None
+    fcntl = None
 
 EVAL_SEED = 0  # of the samples z behind every test number, whatever the run's own seed is
 EVAL_BATCH = 250  # images at a time in evaluation: bounds its memory, and more are slower on a CPU
 
-# ------------------------------------------------------------------------------------------------
-# Data
-# ------------------------------------------------------------------------------------------------
+
+# ---- Data --------------------------------------------------------------------------------------
+
+# On one device: uint8 images (N, 1, 28, 28) and int64 labels (N,).
+Mnist = namedtuple("Mnist", "train_images train_labels test_images test_labels")
 
 
-class Mnist(NamedTuple):
-    """MNIST on one device: uint8 images (N, 1, 28, 28) and int64 labels (N,)."""
-
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
-
-
-def load_mnist(root, device="cpu", limit=None):
+def load_mnist(root, device="cpu", limit=None, binarize=False):
     """Load MNIST onto `device`, from the archives in root/MNIST/raw or else by download.
 
     limit: keep the first `limit` training images; the test set always stays whole.
-    Raises RuntimeError that names the archives which are neither there, whole, nor to be had.
+    binarize: draw the test images once from Bernoulli(pixel); training draws its own anew.
+    Raises OSError or RuntimeError that names what is neither there, whole, nor to be had.
     """
     raw = Path(root) / "MNIST" / "raw"
+    if Path(root).is_file():
+        raise NotADirectoryError(f"{root} is a file; name the folder that holds MNIST/raw")
     absent = [name for name, md5 in MNIST.resources if not check_integrity(raw / name, md5)]
     # Unpacked anew in a folder of this process alone: no damaged or half-written file is ever
     # trained on, and two runs that start together do not meet.
@@ -82,12 +75,10 @@ def load_mnist(root, device="cpu", limit=None):
             raw.mkdir(parents=True, exist_ok=True)
             with replacing(raw / name) as beside:
                 shutil.copy(unpacked / name, beside)
-    return Mnist(
-        train.data[:limit, None].to(device),  # (N, 28, 28) -> (N, 1, 28, 28)
-        train.targets[:limit].to(device),
-        test.data[:, None].to(device),
-        test.targets.to(device),
-    )
+    test_images = binarise(test.data) if binarize else test.data
+    images = (train.data[:limit, None], test_images[:, None])  # (N, 28, 28) -> (N, 1, 28, 28)
+    train_images, test_images = (part.to(device) for part in images)
+    return Mnist(train_images, train.targets[:limit].to(device), test_images, test.targets.to(device))
 
 
 def to_pixels(images):
@@ -102,9 +93,7 @@ def binarise(images):
     return ones.to(torch.uint8) * 255
 
 
-# ------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------
+# ---- Model -------------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
@@ -192,12 +181,10 @@ class Decoder(nn.Module):
         return self.last_layer[1](self.logits(z))
 
 
-# ------------------------------------------------------------------------------------------------
-# Terms of the losses
-# ------------------------------------------------------------------------------------------------
+# ---- Terms of the losses -----------------------------------------------------------------------
 
 
-def reconstruction_per_image(logits, x, kind="bce"):
+def reconstruction_term(logits, x, kind="bce"):
     """-log p(x|z) of each image, in nats. logits, x: (B, 1, 28, 28), x in [0, 1]. Returns (B,).
 
     kind "bce": Bernoulli pixels. Grey ones make this the cross-entropy, which is no likelihood.
@@ -211,11 +198,6 @@ def reconstruction_per_image(logits, x, kind="bce"):
     return pixels.sum(dim=(1, 2, 3))  # over pixels
 
 
-def reconstruction_term(logits, x, kind="bce"):
-    """-log p(x|z) in nats per image: the mean of `reconstruction_per_image`, a scalar."""
-    return reconstruction_per_image(logits, x, kind).mean()  # over the batch
-
-
 def kl_per_latent(mu, logvar):
     """KL(N(mu, exp(logvar)) || N(0, 1)) of each latent, in nats, averaged over the batch.
 
@@ -225,45 +207,20 @@ def kl_per_latent(mu, logvar):
     return (-0.5 * (1 + logvar - mu.square() - logvar.exp())).mean(dim=0)  # over the batch
 
 
-def kl_divergence(mu, logvar):
-    """KL(q(z|x) || p(z)) in nats per image: the sum of `kl_per_latent`, a scalar."""
-    return kl_per_latent(mu, logvar).sum()
-
-
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
-
-
-def pick_device(name="auto"):
-    """The torch.device for a --device value. Raises ValueError, with what is there, if it is not."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps") or (device.index or 0) < 0:
-        raise ValueError(f"{name!r} is no device: take auto, cpu, cuda, cuda:N or mps")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"{name!r} is not on this machine: torch sees {torch.cuda.device_count()} CUDA devices")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("'mps' is not on this machine: torch sees no Apple GPU")
-    return device
+# ---- Training ----------------------------------------------------------------------------------
 
 
 def pick_precision(device, wanted="auto"):
-    """The dtype of the training step on `device` for a --precision value, and why."""
+    """The precision of the training step on `device` for a --precision value, and why."""
     if wanted != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted], "as asked"
+        return {"fp32": "float32", "bf16": "bfloat16"}[wanted], "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "native"
-    if device.type == "cpu":
-        if torch.cpu._is_amx_tile_supported():
-            return torch.bfloat16, "native: AMX"
-        if torch.cpu._is_avx512_bf16_supported():
-            return torch.bfloat16, "native: AVX512-BF16"
-    return torch.float32, "no native bfloat16"
+        return "bfloat16", "native"
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return "bfloat16", "native: AMX"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16", "native: AVX512-BF16"
+    return "float32", "no native bfloat16"
 
 
 def keep_freed_memory():
@@ -304,8 +261,9 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     Raises FloatingPointError at the end of an epoch with a loss or term that is not finite.
     """
     images, device = data.train_images, data.train_images.device
-    dtype, reason = pick_precision(device, args.precision)
-    print(f"{device_name(device)}, {str(dtype).removeprefix('torch.')} ({reason}), writing to {out}")
+    precision, reason = pick_precision(device, args.precision)
+    print(f"{device_name(device)}, {precision} ({reason}), writing to {out}")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, not rounded to TensorFloat-32
     if device.type == "cpu":
         keep_freed_memory()
 
@@ -317,21 +275,18 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     # A CUDA graph reads what changes from step to step out of tensors, so there Adam keeps its rate in one.
     rate = torch.tensor(args.lr, device=device) if on_cuda else args.lr
     optimizer = torch.optim.Adam(parameters, lr=rate, fused=device.type != "mps", capturable=on_cuda)
-    steps = len(images) // args.batch_size
-    history = []
-    if args.resume and (Path(out) / "checkpoint.pt").exists():
-        history = restore(encoder, decoder, optimizer, out)
+    history = restore(encoder, decoder, optimizer, out) if args.resume else []
 
+    steps = len(images) // args.batch_size  # full batches only
     index = torch.empty(args.batch_size, dtype=torch.int64, device=device)  # of the step's images
     progress = torch.zeros((), device=device) if progress is None else progress
     totals = defaultdict(lambda: torch.zeros((), device=device))  # on the device: reading them would stall each step
 
-    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # float32 as asked, not rounded to TensorFloat-32
     def training_step():
         x = to_pixels(images[index])
         if args.binarize:
             x = torch.bernoulli(x)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             loss, terms = loss_fn(encoder, decoder, x)
         optimizer.zero_grad()
         loss.backward()
@@ -340,26 +295,23 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
             totals[name] += term.detach()
 
     step_once = as_cuda_graph(training_step, device) if on_cuda else training_step
-    with deferred_interrupt() as stop:
+    try:
         for epoch in range(len(history) + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
             start = time.perf_counter()
-            # Full batches only; which images are left over differs from epoch to epoch.
+            # Which images are left over differs from epoch to epoch.
             order = torch.randperm(len(images), device=device)[: steps * args.batch_size]
             for total in totals.values():
                 total.zero_()
             for step, batch in enumerate(order.split(args.batch_size)):
                 done = (epoch - 1) * steps + step
                 lr = learning_rate(done, args.epochs * steps, args.lr)
-                set_learning_rate(optimizer, lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"].fill_(lr) if on_cuda else lr
                 progress.fill_(done / (args.epochs * steps))
                 index.copy_(batch)
                 step_once()
-                if stop.is_set():
-                    if not history:
-                        raise KeyboardInterrupt
-                    return restore(encoder, decoder, optimizer, out)
-                if step + 1 < steps:
+                if step % 50 == 49:
                     show_progress(history, epoch, args, step + 1, steps, time.perf_counter() - start)
             train = {f"train_{name}": value.item() / steps for name, value in totals.items()}  # waits for the device
             elapsed = time.perf_counter() - start
@@ -370,18 +322,13 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{name} is {value} in epoch {epoch}: try an --lr below {args.lr:g}")
             history.append({"epoch": epoch, "lr": lr, **terms, "seconds": elapsed})
-            save_history(history, out)
             save_checkpoint(encoder, decoder, optimizer, history, args, out)
             show_progress(history, epoch, args, steps, steps, elapsed)
+    except KeyboardInterrupt:
+        history = restore(encoder, decoder, optimizer, out)  # the step or the epoch is half done
+        if not history:
+            raise
     return history
-
-
-def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
 
 
 def as_cuda_graph(step, device, warm_up=3):
@@ -410,28 +357,15 @@ def as_cuda_graph(step, device, warm_up=3):
     return call
 
 
-@contextlib.contextmanager
-def deferred_interrupt():
-    """Turn Ctrl-C into an event for the training loop to read between steps, where nothing is half done."""
-    stop = threading.Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def show_progress(history, epoch, args, done, steps, elapsed):
-    """Speed and time left; test terms are the last epoch's."""
-    if done < steps and done % 50:
-        return
+    """Speed and time left, after `done` of `steps` of an epoch; test terms are the last epoch's."""
     rate = done * args.batch_size / elapsed
     left = elapsed / done * ((args.epochs - epoch + 1) * steps - done)
     line = f"epoch {epoch}/{args.epochs}  {rate:,.0f} images/s  {left:.0f} s left"
     if history:
         test = {name: value for name, value in history[-1].items() if name.startswith("test_")}
         line += "  test" + "".join(f" {name.removeprefix('test_')} {value:.2f}" for name, value in test.items())
-    show_line(line, milestone=done == steps, last=len(history) == args.epochs)
+    show_line(line, milestone=len(history) == epoch, last=len(history) == args.epochs)
 
 
 def show_line(line, milestone, last):
@@ -443,31 +377,22 @@ def show_line(line, milestone, last):
         print(line, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
-# ------------------------------------------------------------------------------------------------
+# ---- Evaluation --------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def exactly():
-    """Inference for numbers that are reported: in float32, which cuDNN would round to TensorFloat-32 unasked."""
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-
-
-@exactly()
+@torch.inference_mode()
 def evaluate(encoder, decoder, images, loss_fn):
     """Mean loss and terms over all `images` (N, 1, 28, 28) uint8, in float32, z sampled from a fixed seed."""
     torch.manual_seed(EVAL_SEED)
-    totals = {}
+    totals = defaultdict(float)
     for batch in images.split(EVAL_BATCH):
         loss, terms = loss_fn(encoder, decoder, to_pixels(batch))
         for name, value in {"loss": loss, **terms}.items():
-            totals[name] = totals.get(name, 0) + value * len(batch)  # a short last batch counts for less
+            totals[name] += value * len(batch)  # a short last batch counts for less
     return {name: value.item() / len(images) for name, value in totals.items()}
 
 
-@exactly()
+@torch.inference_mode()
 def encode(encoder, images):
     """The codes (mu, logvar) of images (N, 1, 28, 28) uint8, each (N, latent_dim) float32.
 
@@ -477,27 +402,18 @@ def encode(encoder, images):
     return tuple(torch.cat([head(h) for h in features]) for head in (encoder.fc_mean, encoder.fc_logvar))
 
 
-@exactly()
-def reconstruction_mse(decoder, mu, images):
-    """Mean squared error per pixel of the reconstructions from mu (N, latent_dim) of uint8 images."""
-    total = 0
-    for code, batch in zip(mu.split(EVAL_BATCH), images.split(EVAL_BATCH)):
-        total = total + (decoder(code) - to_pixels(batch)).square().sum()
-    return total.item() / images.numel()
-
-
 def active_units(mu):
     """How many latents respond to the image: those with Var_x(mu) > 0.01, mu (N, latent_dim). Burda et al. (2016)."""
     return (mu.var(dim=0) > 0.01).sum().item()
 
 
-@exactly()
+@torch.inference_mode()
 def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
     """log p(x) bounded from below with k samples of q(z|x) an image, in nats per image: Burda et al. (2016).
 
         E[log 1/k sum_i w_i],    w_i = p(x|z_i) p(z_i) / q(z_i|x),    z_i ~ q(z|x)
 
-    mu, logvar: (N, latent_dim), the codes of uint8 images (N, 1, 28, 28). kind: see `reconstruction_per_image`.
+    mu, logvar: (N, latent_dim), the codes of uint8 images (N, 1, 28, 28). kind: see `reconstruction_term`.
     With k = 1 its expectation is the ELBO. Memory does not grow with k.
     """
     torch.manual_seed(EVAL_SEED)
@@ -512,14 +428,13 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
             eps = torch.randn(samples, *mean.shape, device=mean.device)
             z = mean + eps * (0.5 * log_variance).exp()  # (samples, B, latent_dim)
             logits = decoder.logits(z.flatten(0, 1))  # (samples * B, 1, 28, 28)
-            recon = reconstruction_per_image(logits, x.repeat(samples, 1, 1, 1), kind).view(samples, -1)
+            recon = reconstruction_term(logits, x.repeat(samples, 1, 1, 1), kind).view(samples, -1)
             # log p(z) - log q(z|x), over latents; their log(2 pi) cancel
             log_ratio = 0.5 * (eps.square() + log_variance - z.square()).sum(dim=2)
             log_sum = torch.logaddexp(log_sum, (log_ratio - recon).logsumexp(dim=0))  # over samples
         total += (log_sum - math.log(k)).sum()
         done += len(batch)
-        seconds = time.perf_counter() - start
-        left = seconds / done * (len(images) - done)
+        left = (time.perf_counter() - start) / done * (len(images) - done)
         line = f"bound of {k} samples: {done}/{len(images)} images, {left:.0f} s left"
         show_line(line, milestone=done % 1000 < len(batch), last=done == len(images))
     return total.item() / len(images)
@@ -538,9 +453,11 @@ def probe_accuracy(train_codes, train_labels, codes, labels):
     return (scores.argmax(dim=1) == labels).float().mean().item()
 
 
-@exactly()
+@torch.inference_mode()
 def representation_metrics(encoder, decoder, data, mu, args):
     """What the test codes mu (N, latent_dim) keep of the images, beside PCA with as many components and raw pixels."""
+    parts = zip(mu.split(EVAL_BATCH), data.test_images.split(EVAL_BATCH))
+    squares = sum((decoder(code) - to_pixels(batch)).square().sum() for code, batch in parts)
     train_images = binarise(data.train_images) if args.binarize else data.train_images
     train_mu, _ = encode(encoder, train_images)
     train_pixels, pixels = (to_pixels(images.cpu()).flatten(1) for images in (train_images, data.test_images))
@@ -552,7 +469,7 @@ def representation_metrics(encoder, decoder, data, mu, args):
     train_pca, pca = train_pixels @ directions, pixels @ directions  # (N, latent_dim)
     labels = data.train_labels, data.test_labels
     return {
-        "mse": reconstruction_mse(decoder, mu, data.test_images),
+        "mse": squares.item() / data.test_images.numel(),
         "pca_mse": (pca @ directions.T - pixels).square().mean().item(),
         "probe_accuracy": probe_accuracy(train_mu, labels[0], mu, labels[1]),
         "pca_probe_accuracy": probe_accuracy(train_pca, labels[0], pca, labels[1]),
@@ -560,19 +477,12 @@ def representation_metrics(encoder, decoder, data, mu, args):
     }
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures
-# ------------------------------------------------------------------------------------------------
+# ---- Figures -----------------------------------------------------------------------------------
 
 WIDTH = 3.4  # inches: one column of a two-column paper
 STYLE = {
-    "font.size": 7,
-    "axes.titlesize": 7,
-    "axes.labelsize": 7,
-    "figure.labelsize": 7,
-    "xtick.labelsize": 6,
-    "ytick.labelsize": 6,
-    "legend.fontsize": 6,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "figure.labelsize"), 7),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 6),
     "axes.linewidth": 0.5,
     "lines.linewidth": 1,
     "axes.spines.top": False,
@@ -586,40 +496,37 @@ STYLE = {
 DIGIT_COLOURS = "#CC6677 #332288 #DDCC77 #117733 #88CCEE #882255 #44AA99 #999933 #AA4499 #777777".split()
 
 
-FIGURES = (
-    "reconstructions",
-    "samples",
-    "interpolations",
-    "loss_curves",
-    "latent_space",
-    "kl_per_dimension",
-    "traversals",
-    "manifold",
-)
+@contextlib.contextmanager
+def new_figure(out, name, height, layout="constrained"):
+    """Yields a figure of one column's width and `height` inches to draw on; saves it to `out` as PNG and PDF."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout=layout)
+        yield figure
+        for suffix in ("png", "pdf"):
+            with replacing(Path(out) / f"{name}.{suffix}") as beside:
+                figure.savefig(beside, format=suffix)
 
 
-def save_figure(figure, out, name):
-    for suffix in ("png", "pdf"):
-        with replacing(Path(out) / f"{name}.{suffix}") as beside:
-            figure.savefig(beside, format=suffix)
-
-
-@matplotlib.rc_context(STYLE)
 def plot_grid(images, out, name, title, row_labels=(), column_labels=(), xlabel=""):
     """Draw images (rows, columns, 28, 28) in [0, 1] edge to edge, with a label a row and a column."""
     rows, columns = images.shape[:2]
     tiled = images.permute(0, 2, 1, 3).reshape(rows * 28, columns * 28)  # (rows * 28, columns * 28)
     cell = (WIDTH - (0.7 if row_labels else 0)) / columns  # inches
     lines = title.count("\n") + 1 + bool(column_labels) + bool(xlabel)
-    figure = Figure(figsize=(WIDTH, rows * cell + 0.16 * lines + 0.1), layout="compressed")
-    ax = figure.add_subplot()
-    ax.imshow(tiled.cpu().numpy(), vmin=0, vmax=1, interpolation="none")
-    ax.set(title=title, xlabel=xlabel)
-    ax.set_yticks([28 * row + 14 for row in range(len(row_labels))], row_labels)
-    ax.set_xticks([28 * column + 14 for column in range(len(column_labels))], column_labels)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    save_figure(figure, out, name)
+    with new_figure(out, name, rows * cell + 0.16 * lines + 0.1, "compressed") as figure:
+        ax = figure.add_subplot()
+        ax.imshow(tiled.cpu().numpy(), vmin=0, vmax=1, interpolation="none")
+        ax.set(title=title, xlabel=xlabel)
+        ax.set_yticks([28 * row + 14 for row in range(len(row_labels))], row_labels)
+        ax.set_xticks([28 * column + 14 for column in range(len(column_labels))], column_labels)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+
+
+@torch.inference_mode()
+def decode_grid(decoder, z):
+    """Codes z (rows, columns, latent_dim) to images (rows, columns, 28, 28) in [0, 1]."""
+    return decoder(z.flatten(0, 1)).view(*z.shape[:2], 28, 28)
 
 
 def one_of_each(labels):
@@ -627,56 +534,44 @@ def one_of_each(labels):
     return torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])
 
 
-@torch.inference_mode()
 def plot_reconstructions(decoder, mu, images, labels, out):
     """The first test image of each digit above its reconstruction from mu."""
     chosen = one_of_each(labels)
-    pair = torch.stack([to_pixels(images[chosen]), decoder(mu[chosen])])  # (2, 10, 1, 28, 28)
-    plot_grid(pair.squeeze(2), out, "reconstructions", "Test images", ["input", "reconstruction"])
+    pair = torch.cat([to_pixels(images[chosen, 0])[None], decode_grid(decoder, mu[None, chosen])])  # (2, 10, 28, 28)
+    plot_grid(pair, out, "reconstructions", "Test images", ["input", "reconstruction"])
 
 
-@torch.inference_mode()
-def plot_samples(decoder, z, out, title):
-    """Decode codes z (rows * 10, latent_dim)."""
-    plot_grid(decoder(z).view(-1, 10, 28, 28), out, "samples", title)
-
-
-@torch.inference_mode()
 def plot_interpolations(decoder, mu, labels, out, steps=11):
     """Straight lines in code space between test images of two digits: 0 to 1, 2 to 3, ... 8 to 9."""
     ends = mu[one_of_each(labels)].view(5, 2, 1, -1)  # (pair, end, 1, latent_dim)
     t = torch.linspace(0, 1, steps, device=mu.device)
     z = torch.lerp(ends[:, 0], ends[:, 1], t[:, None])  # (pair, steps, latent_dim)
-    images = decoder(z.flatten(0, 1)).view(5, steps, 28, 28)
     columns = [f"{weight:.1f}" for weight in t.tolist()]
     title = "Between the codes of two test images"
-    plot_grid(images, out, "interpolations", title, (), columns, "share of the second code")
+    plot_grid(decode_grid(decoder, z), out, "interpolations", title, (), columns, "share of the second code")
 
 
-@matplotlib.rc_context(STYLE)
 def plot_loss_curves(history, terms, out):
     """One panel a term, train and test, over epochs; `terms` maps the history's names to titles.
 
     The axes fit the epochs after the first tenth, the warm-up: beside its fall the rest would be a flat line.
     """
-    figure = Figure(figsize=(WIDTH, max(0.6 * WIDTH, 0.4 + 1.1 * len(terms))), layout="constrained")
-    axes = figure.subplots(len(terms), sharex=True, squeeze=False)[:, 0]
     epochs = [row["epoch"] for row in history]
     warmup = len(history) // 10
-    for ax, (name, title) in zip(axes, terms.items()):
-        for split in ("train", "test"):
-            ax.plot(epochs, [row[f"{split}_{name}"] for row in history], marker=".", markersize=3, label=split)
-        shown = [row[f"{split}_{name}"] for split in ("train", "test") for row in history[warmup:]]
-        margin = 0.05 * (max(shown) - min(shown)) + 1e-9
-        ax.set(title=title, ylim=(min(shown) - margin, max(shown) + margin))
-    figure.supylabel("nats per image")
-    axes[-1].set_xlabel("epoch" + (f" (the axes fit those from {warmup + 1} on)" if warmup else ""))
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-    save_figure(figure, out, "loss_curves")
+    with new_figure(out, "loss_curves", max(0.6 * WIDTH, 0.4 + 1.1 * len(terms))) as figure:
+        axes = figure.subplots(len(terms), sharex=True, squeeze=False)[:, 0]
+        for ax, (name, title) in zip(axes, terms.items()):
+            for split in ("train", "test"):
+                ax.plot(epochs, [row[f"{split}_{name}"] for row in history], marker=".", markersize=3, label=split)
+            shown = [row[f"{split}_{name}"] for split in ("train", "test") for row in history[warmup:]]
+            margin = 0.05 * (max(shown) - min(shown)) + 1e-9
+            ax.set(title=title, ylim=(min(shown) - margin, max(shown) + margin))
+        figure.supylabel("nats per image")
+        axes[-1].set_xlabel("epoch" + (f" (the axes fit those from {warmup + 1} on)" if warmup else ""))
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
 
 
-@matplotlib.rc_context(STYLE)
 def plot_latent_space(mu, labels, out):
     """Scatter of codes mu (N, latent_dim) by digit: the plane itself, or two principal components."""
     mu = mu.cpu()  # not every accelerator has an SVD
@@ -689,62 +584,52 @@ def plot_latent_space(mu, labels, out):
         explained = singular.square() / singular.square().sum()
         axis_labels = [f"principal component {i + 1} of $\\mu$ ({explained[i]:.0%})" for i in range(2)]
     points, labels = points.T.numpy(), labels.tolist()
-    figure = Figure(figsize=(WIDTH, 0.88 * WIDTH), layout="constrained")
-    ax = figure.add_subplot()
-    # In the test set's order, so that no digit is drawn on top of all others; a bitmap in the PDF too.
-    ax.scatter(*points, s=1, linewidths=0, c=[DIGIT_COLOURS[label] for label in labels], rasterized=True)
-    handles = [ax.scatter([], [], s=12, c=colour, label=digit) for digit, colour in enumerate(DIGIT_COLOURS)]
-    # By the data's limits: a box that shrank to fit would push the label over the figure's edge.
-    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1], aspect="equal", adjustable="datalim")
-    figure.legend(handles=handles, title="digit", loc="outside right center", frameon=False, handletextpad=0.1)
-    save_figure(figure, out, "latent_space")
+    with new_figure(out, "latent_space", 0.88 * WIDTH) as figure:
+        ax = figure.add_subplot()
+        # In the test set's order, so that no digit is drawn on top of all others; a bitmap in the PDF too.
+        ax.scatter(*points, s=1, linewidths=0, c=[DIGIT_COLOURS[label] for label in labels], rasterized=True)
+        handles = [ax.scatter([], [], s=12, c=colour, label=digit) for digit, colour in enumerate(DIGIT_COLOURS)]
+        # By the data's limits: a box that shrank to fit would push the label over the figure's edge.
+        ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1], aspect="equal", adjustable="datalim")
+        figure.legend(handles=handles, title="digit", loc="outside right center", frameon=False, handletextpad=0.1)
 
 
-@matplotlib.rc_context(STYLE)
 def plot_kl_per_dimension(mu, logvar, out):
     """Bars of the KL of each latent over codes mu, logvar (N, latent_dim), sorted."""
     kl, order = kl_per_latent(mu, logvar).sort(descending=True)
-    figure = Figure(figsize=(WIDTH, 0.5 * WIDTH), layout="constrained")
-    ax = figure.add_subplot()
-    ax.bar(range(len(kl)), kl.tolist())
-    named = len(kl) <= 30  # the ticks have room for the latents' own numbers
-    if named:
-        ax.set_xticks(range(len(kl)), order.tolist())
-    xlabel = "latent, sorted by KL" if named else "rank of the latent by KL"
-    ax.set(xlabel=xlabel, ylabel="KL (nats per image)", title=f"Sum over latents: {kl.sum():.1f} nats")
-    save_figure(figure, out, "kl_per_dimension")
+    with new_figure(out, "kl_per_dimension", 0.5 * WIDTH) as figure:
+        ax = figure.add_subplot()
+        ax.bar(range(len(kl)), kl.tolist())
+        named = len(kl) <= 30  # the ticks have room for the latents' own numbers
+        if named:
+            ax.set_xticks(range(len(kl)), order.tolist())
+        xlabel = "latent, sorted by KL" if named else "rank of the latent by KL"
+        ax.set(xlabel=xlabel, ylabel="KL (nats per image)", title=f"Sum over latents: {kl.sum():.1f} nats")
 
 
-@torch.inference_mode()
 def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
     """Move one latent from -3 to 3, the others held at the first test image's mu; largest KL on top."""
-    kl, order = kl_per_latent(mu, logvar).sort(descending=True)
-    order = order[:rows]
+    kl, order = (values[:rows] for values in kl_per_latent(mu, logvar).sort(descending=True))
     values = torch.linspace(-3, 3, columns, device=mu.device)
     z = mu[0].repeat(len(order), columns, 1)  # (rows, columns, latent_dim)
     for row, latent in enumerate(order):
         z[row, :, latent] = values
-    images = decoder(z.flatten(0, 1)).view(len(order), columns, 28, 28)
     row_labels = [f"$z_{{{latent}}}$  {nats:.1f} nats" for latent, nats in zip(order.tolist(), kl.tolist())]
     title = "One latent moved, the others at a test image's code;\nrows sorted by the latent's KL"
     columns = [f"{value:g}" for value in values.tolist()]
-    plot_grid(images, out, "traversals", title, row_labels, columns, "value of the moved latent")
+    plot_grid(decode_grid(decoder, z), out, "traversals", title, row_labels, columns, "value of the moved latent")
 
 
-@torch.inference_mode()
 def plot_manifold(decoder, out, steps=20):
     """Decode a grid over a latent plane, even in the prior's probability (Kingma & Welling, 2014)."""
-    device = next(decoder.parameters()).device
     quantiles = (torch.arange(steps) + 0.5) / steps
     values = torch.special.ndtri(quantiles)  # the inverse of the normal CDF
-    z = torch.cartesian_prod(-values, values).flip(1)  # (steps * steps, 2): z_0 to the right, z_1 up
-    images = decoder(z.to(device)).view(steps, steps, 28, 28)
+    z = torch.cartesian_prod(-values, values).flip(1).view(steps, steps, 2)  # z_0 to the right, z_1 up
+    images = decode_grid(decoder, z.to(decoder.input_layer.weight.device))
     plot_grid(images, out, "manifold", "Decoded quantiles of the prior: $z_0$ to the right, $z_1$ up")
 
 
-# ------------------------------------------------------------------------------------------------
-# Run folder
-# ------------------------------------------------------------------------------------------------
+# ---- Run folder --------------------------------------------------------------------------------
 
 
 def device_name(device):
@@ -762,14 +647,12 @@ def replacing(path):
         beside.unlink(missing_ok=True)
 
 
-def save_history(history, out):
+def save_checkpoint(encoder, decoder, optimizer, history, args, out):
+    """Write history.csv and checkpoint.pt."""
     with replacing(Path(out) / "history.csv") as beside, open(beside, "w", newline="") as file:
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
         writer.writerows(history)
-
-
-def save_checkpoint(encoder, decoder, optimizer, history, args, out):
     checkpoint = {
         "model_name": encoder.model_name,
         "args": vars(args),
@@ -785,43 +668,42 @@ def save_checkpoint(encoder, decoder, optimizer, history, args, out):
         beside.write_bytes(buffer.getbuffer())
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; says in one line which and why."""
-
-
 def read_checkpoint(folder):
-    """The content of folder/checkpoint.pt, on the CPU; OSError if it can't be opened, CheckpointError if it is bad."""
+    """The content of folder/checkpoint.pt, on the CPU. Raises OSError if it is not there, ValueError if it is bad."""
     path = Path(folder) / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # a pickle that runs code is refused
-        known = {"model_name", "args", "epoch", "history", "encoder", "decoder", "optimizer"} <= set(checkpoint)
-        known = known and len(checkpoint["history"]) == checkpoint["epoch"] > 0
-        known = known and isinstance(checkpoint["args"], dict) and "state" in checkpoint["optimizer"]
+        for name in ("model_name", "args", "epoch", "history", "encoder", "decoder", "optimizer"):
+            checkpoint[name]
     except OSError:
         raise
     except Exception as error:  # damaged bytes raise all sorts of errors
-        raise CheckpointError(f"{path} is damaged or no checkpoint") from error
-    if not known:
-        raise CheckpointError(f"{path} is no checkpoint of these scripts")
+        raise ValueError(f"{path} is damaged, or no checkpoint of these scripts") from error
     return checkpoint
 
 
-def load_weights(checkpoint, encoder, decoder, folder):
-    try:
-        encoder.load_state_dict(checkpoint["encoder"])
-        decoder.load_state_dict(checkpoint["decoder"])
-    except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{Path(folder) / 'checkpoint.pt'} holds weights of another shape") from error
-
-
 def restore(encoder, decoder, optimizer, folder):
-    """Take weights and optimizer state from the checkpoint in `folder`; returns its history."""
+    """Take weights and optimizer state from the checkpoint in `folder`; returns its history, [] if there is none."""
+    if not (Path(folder) / "checkpoint.pt").exists():
+        return []
     checkpoint = read_checkpoint(folder)
-    load_weights(checkpoint, encoder, decoder, folder)
+    encoder.load_state_dict(checkpoint["encoder"])
+    decoder.load_state_dict(checkpoint["decoder"])
     # Its state alone: how Adam runs (fused or not) is this device's matter, not the checkpoint's.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
     return checkpoint["history"]
+
+
+def load_model(folder):
+    """The trained (encoder, decoder, args) of a run folder, on the CPU. Errors: see `read_checkpoint`."""
+    checkpoint = read_checkpoint(folder)
+    args = argparse.Namespace(**checkpoint["args"])
+    encoder = Encoder(args.hidden_dims, args.latent_dim, checkpoint["model_name"])
+    decoder = Decoder(args.latent_dim, args.hidden_dims)
+    encoder.load_state_dict(checkpoint["encoder"])
+    decoder.load_state_dict(checkpoint["decoder"])
+    return encoder, decoder, args
 
 
 def save_metrics(encoder, decoder, data, test, history, args, out):
@@ -851,13 +733,13 @@ def save_metrics(encoder, decoder, data, test, history, args, out):
             "epochs": len(history),
             "seconds": seconds,
             "images_per_second": seen / seconds,
-            "peak_memory_mb": peak_memory_mb(device),
+            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
             "parameters": sum(p.numel() for p in [*encoder.parameters(), *decoder.parameters()]),
         },
         "environment": {
             "script": args.script,
             "device": device_name(device),
-            "precision": str(pick_precision(device, args.precision)[0]).removeprefix("torch."),
+            "precision": pick_precision(device, args.precision)[0],
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
@@ -867,29 +749,35 @@ def save_metrics(encoder, decoder, data, test, history, args, out):
         beside.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
-def peak_memory_mb(device):
-    """Peak memory in MiB: of the GPU's allocator on CUDA, else of the process; None where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+def claim_folder(folder, numbered):
+    """Make and lock `folder` or, if `numbered`, the first of folder, folder-2, ... that is not there.
+
+    Returns it and the lock, held until closed. Raises OSError, BlockingIOError if another run holds it.
+    """
+    first, number = folder, 1
+    while numbered:
+        try:
+            folder.mkdir(parents=True)  # makes or fails in one step: two runs never get one folder
+            break
+        except FileExistsError:
+            number += 1
+            folder = first.with_name(f"{first.name}-{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
+    except BlockingIOError as error:
+        lock.close()
+        raise BlockingIOError(f"another run writes to {folder} now") from error
+    except OSError:
+        pass  # a file system without locks
+    for stale in folder.glob(".*.tmp"):  # of a killed run
+        stale.unlink()
+    return folder, lock
 
 
-def load_model(folder):
-    """The trained (encoder, decoder, args) of a run folder, on the CPU. Errors: see `read_checkpoint`."""
-    checkpoint = read_checkpoint(folder)
-    args = argparse.Namespace(**checkpoint["args"])
-    encoder = Encoder(args.hidden_dims, args.latent_dim, checkpoint["model_name"])
-    decoder = Decoder(args.latent_dim, args.hidden_dims)
-    load_weights(checkpoint, encoder, decoder, folder)
-    return encoder, decoder, args
-
-
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -898,18 +786,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def stop(self, status, message):
+        if sys.stdout.isatty():
+            print()  # leave the progress line
+        self.exit(status, f"{self.prog}: {message}\n")
+
+    @contextlib.contextmanager
+    def refusing(self, flag):
+        """Refuse, by the flag's name, a value that an error within is the fault of."""
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            self.error(f"argument {flag}: {error}")
+
 
 def checked(kind, accept, wanted):
     """An argparse type: `kind` of the text, refused where `accept` of it is false."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accept(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
+        with contextlib.suppress(ValueError):
+            if accept(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
     return parse
 
@@ -932,7 +830,6 @@ def make_parser(name, doc):
     run = parser.add_argument_group("run")
     free = f"the first of runs/{name}, runs/{name}-2, ... that is free"
     run.add_argument("--out", metavar="DIR", default=argparse.SUPPRESS, help=f"folder to write to (default: {free})")
-    run.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
     run.add_argument("--resume", metavar="DIR", help="go on with the run in DIR and its flags, or start it there")
     run.add_argument("--seed", type=seed_value, default=0, help="seed of weights, batches and noise")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -943,7 +840,7 @@ def make_parser(name, doc):
     data.add_argument("--limit", metavar="N", type=train_size, default=60_000, help="train on the first N images")
     model = parser.add_argument_group("model")
     model.add_argument("--latent-dim", metavar="N", type=positive_int, default=20, help="number of latents")
-    widths = {"nargs": "+", "metavar": "N", "default": [32, 64, 128, 256]}
+    widths = {"nargs": 4, "metavar": tuple("ABCD"), "default": [32, 64, 128, 256]}
     model.add_argument("--hidden-dims", type=positive_int, **widths, help="channels of the four convolutions")
     kinds = {"choices": ["bce", "mse"], "default": "bce"}
     model.add_argument("--recon", **kinds, help="-log p(x|z): cross-entropy, or half the squared error")
@@ -965,154 +862,70 @@ def add_likelihood_flags(parser):
 
 def parse_args(parser, argv=None):
     """Parse the flags; with --resume those that the run was started with count, unless given anew."""
-    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if args.resume is None:
-        return args
-    if "out" in args or args.overwrite:
-        parser.error("argument --resume: names the folder to go on in; leave out --out and --overwrite")
-    try:
-        checkpoint = read_checkpoint(args.resume)
-    except FileNotFoundError:
-        return args
-    except (CheckpointError, OSError) as error:
-        parser.error(f"argument --resume: {error}")
-    saved = checkpoint["args"]
-    if saved.get("script") != args.script:
-        parser.error(f"argument --resume: {args.resume} holds a run of {saved.get('script')}, not of {args.script}")
-    flags = []  # as text, so that saved values pass the same checks as typed ones
-    for name, value in saved.items():
-        if name not in ("script", "out", "overwrite", "resume") and value is not None and value is not False:
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            flags += [f"--{name.replace('_', '-')}", *map(str, values)]
-    args = parser.parse_args([*flags, *argv])
-    for name in ("latent_dim", "hidden_dims"):
-        if getattr(args, name) != saved.get(name):
-            parser.error(f"argument --{name.replace('_', '-')}: the run in {args.resume} has {saved.get(name)}")
+    if args.resume and "out" in args:
+        parser.error("argument --resume: names the folder to go on in; leave out --out")
+    with parser.refusing("--resume"):
+        if args.resume and (Path(args.resume) / "checkpoint.pt").exists():
+            saved = read_checkpoint(args.resume)["args"]
+            if saved["script"] != args.script:
+                raise ValueError(f"{args.resume} holds a run of {saved['script']}, not of {args.script}")
+            parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("out", "resume")})
+            args = parser.parse_args(argv)
+            for name in ("latent_dim", "hidden_dims"):
+                if getattr(args, name) != saved[name]:
+                    parser.error(f"argument --{name.replace('_', '-')}: the run in {args.resume} has {saved[name]}")
+    if args.batch_size > args.limit:
+        parser.error(f"argument --batch-size: {args.batch_size} is more than the {args.limit} training images")
     return args
+
+
+def pick_device(name="auto"):
+    """The torch.device for a --device value. Raises ValueError if it is not on this machine."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if not re.fullmatch(r"cpu|cuda|cuda:\d{1,3}|mps", name):
+        raise ValueError(f"{name!r} is no device: take auto, cpu, cuda, cuda:N or mps")
+    try:
+        torch.ones(1, device=name).item()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"{name!r} is not on this machine: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
 
 
 @contextlib.contextmanager
 def start_run(parser, args):
-    """Check the flags, load the data, claim the folder, in this order; yields (data, folder).
+    """Check device and folder, load the data, claim the folder, in this order; yields (data, folder).
 
     What is refused ends in one line with exit code 2, before anything is written. What stops the run later
-    (full disk, no memory, divergence: 1; Ctrl-C: 130) ends in one line too, and the last checkpoint stays.
+    (full disk, divergence: 1; Ctrl-C: 130) ends in one line too, and the last checkpoint stays.
     """
-    if len(args.hidden_dims) != 4:
-        parser.error(f"argument --hidden-dims: {len(args.hidden_dims)} widths for four convolutions")
-    if args.batch_size > args.limit:
-        parser.error(f"argument --batch-size: {args.batch_size} is more than the {args.limit} training images")
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        parser.error(f"argument --device: {error}")
-    folder = Path(args.resume or getattr(args, "out", Path("runs", Path(args.script).stem)))
+    numbered = not args.resume and "out" not in args
+    folder = Path(args.resume or getattr(args, "out", Path("runs", parser.prog).with_suffix("")))
     flag = "--resume" if args.resume else "--out"
-    fresh = not args.overwrite and not args.resume
+    with parser.refusing("--device"):
+        device = pick_device(args.device)
+    with parser.refusing(flag):
+        above = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise OSError(f"{above} is no folder that can be written to")
+        if "out" in args and above == folder and any(path.name != ".lock" for path in folder.iterdir()):
+            raise OSError(f"{folder} is not empty; name another one")
+    with parser.refusing("--data"):
+        data = load_mnist(args.data, device, args.limit, args.binarize)
+    with parser.refusing(flag):
+        folder, lock = claim_folder(folder, numbered)
+    args.out = str(folder)
+    go_on = f"go on with: python {parser.prog} --resume {folder}"
     try:
-        above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        occupied = "out" in args and fresh and holds_files(folder)
-    except OSError as error:
-        parser.error(f"argument {flag}: {error.strerror}: {folder}")
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        parser.error(f"argument {flag}: {above} is {'not writable' if above.is_dir() else 'a file'}")
-    if occupied:
-        parser.error(f"argument --out: {folder} is not empty; name another folder or add --overwrite")
-    if Path(args.data).is_file():
-        parser.error(f"argument --data: {args.data} is a file; name the folder that holds MNIST/raw")
-    try:
-        data = load_mnist(args.data, device, args.limit)
-    except (OSError, RuntimeError) as error:
-        parser.error(f"argument --data: {error}")
-    try:
-        folder, lock = claim_folder(folder, numbered="out" not in args and fresh)
-    except BlockingIOError:
-        parser.error(f"argument {flag}: another run writes to {folder} now")
-    except OSError as error:
-        parser.error(f"argument {flag}: cannot write to {folder}: {error.strerror}")
-    if args.binarize:
-        data = data._replace(test_images=binarise(data.test_images))
-    with lock:
-        if fresh and holds_files(folder):  # another run came and went since the first look
-            parser.error(f"argument --out: {folder} is not empty; name another folder or add --overwrite")
-        args.out = str(folder)
-        resume = f"go on with: python {args.script} --resume {folder}"
-        try:
-            if args.overwrite:
-                clear_folder(folder)
-            if device.type == "cpu":
-                limit_memory()
+        with lock:
             yield data, folder
             if read_checkpoint(folder)["epoch"] < args.epochs:
                 raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            stop_run(parser, 130, f"interrupted; {resume}")
-        except FloatingPointError as error:
-            stop_run(parser, 1, f"error: {error}")
-        except CheckpointError as error:
-            stop_run(parser, 2, f"error: {error}")
-        except OSError as error:
-            stop_run(parser, 1, f"error: {error.strerror or error} in {folder}; then {resume}")
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            stop_run(parser, 1, "error: out of memory; try a smaller --batch-size or model")
+    except KeyboardInterrupt:
+        parser.stop(130, f"interrupted; {go_on}")
+    except FloatingPointError as error:
+        parser.stop(1, f"error: {error}")
+    except OSError as error:
+        parser.stop(1, f"error: {error.strerror or error} in {folder}; then {go_on}")
     print(f"figures and numbers are in {folder}")
-
-
-def stop_run(parser, status, message):
-    if sys.stdout.isatty():
-        print()  # leave the progress line
-    parser.exit(status, f"{parser.prog}: {message}\n")
-
-
-def holds_files(folder):
-    return folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())
-
-
-def claim_folder(folder, numbered):
-    """Make and lock `folder` or, if `numbered`, the first of folder, folder-2, ... that is not there.
-
-    Returns it and the lock, held until closed. BlockingIOError: another run holds it.
-    """
-    first, number = folder, 1
-    while numbered:
-        try:
-            folder.mkdir(parents=True)  # makes or fails in one step: two runs never get one folder
-            break
-        except FileExistsError:
-            number += 1
-            folder = first.with_name(f"{first.name}-{number}")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
-    if fcntl:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
-        except BlockingIOError:
-            lock.close()
-            raise
-    for stale in folder.glob(".*.tmp"):  # of a killed run
-        stale.unlink()
-    return folder, lock
-
-
-def clear_folder(folder):
-    """Remove what an earlier run wrote, and nothing else, so that the folder never holds a mix of two runs."""
-    for name in ("checkpoint.pt", "metrics.json", "history.csv", *(f"{figure}.*" for figure in FIGURES)):
-        for stale in folder.glob(name):
-            stale.unlink()
-
-
-def limit_memory():
-    """Have allocations beyond the machine's memory fail, instead of the system killing the process."""
-    if resource and sys.platform == "linux":
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if soft == resource.RLIM_INFINITY or soft > memory:
-            resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
-
-
-def out_of_memory(error):
-    signs = ("out of memory", "allocate memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

@@ -1,7 +1,6 @@
 """Tests of ae.py, vae.py, beta_vae.py and common.py: identities, behaviour, and whole runs on MNIST."""
 
 import argparse
-import contextlib
 import csv
 import json
 import math
@@ -10,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock, Mock
@@ -23,6 +23,7 @@ import ae
 import beta_vae
 import common
 import vae
+from common import read_checkpoint
 from tools import benchmark, compare_runs
 
 ROOT = Path(__file__).parent
@@ -30,6 +31,8 @@ ROOT = Path(__file__).parent
 torch.set_num_threads(1)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 NARROW = [4, 8, 8, 16]  # channels of a model that trains in milliseconds
+QUICK = "--limit 1280 --batch-size 64 --latent-dim 5 --hidden-dims 4 8 8 16 --device cpu --data".split()
+QUICK.append(str(ROOT / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +47,29 @@ def build(model_name, seed=0, latent_dim=5):
     return common.Encoder(NARROW, latent_dim, model_name), common.Decoder(latent_dim, NARROW)
 
 
-def short_args(*more, epochs, seed=0):
+def train(data, out, *flags, seed=0, epochs=2, loss_fn=vae.vae_loss, progress=None):
+    """A short run; returns its models and history."""
     parser = common.make_parser("vae", vae.__doc__)
     common.add_likelihood_flags(parser)
-    flags = f"--epochs {epochs} --batch-size 64 --seed {seed} --latent-dim 5 --hidden-dims"
-    return parser.parse_args([*flags.split(), *map(str, NARROW), *more])
-
-
-def train(data, out, seed=0, epochs=2, loss_fn=vae.vae_loss):
-    """A short run; returns its models and history."""
-    args = short_args(epochs=epochs, seed=seed)
-    encoder, decoder = build("AE" if loss_fn is ae.ae_loss else "VAE", seed)
-    return encoder, decoder, common.train_model(encoder, decoder, data, loss_fn, args, out)
+    args = parser.parse_args([*QUICK, f"--epochs={epochs}", f"--seed={seed}", *flags])
+    models = build("AE" if loss_fn is ae.ae_loss else "VAE", seed)
+    models = [model.to(data.train_images.device) for model in models]
+    return *models, common.train_model(*models, data, loss_fn, args, out, progress)
 
 
 def run_process(argv, cwd):
-    argv = [sys.executable, *argv]
+    argv = [sys.executable, *map(str, argv)]
     return subprocess.run(argv, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def ends(main, flags, capsys, code=2):
+    """The one line in which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, flags)))
+    error = capsys.readouterr().err
+    assert stop.value.code == code and error.count("\n") == 1
+    return error
 
 
 def weights(*models):
@@ -71,46 +80,30 @@ def timeless(history):
     return [{**row, "seconds": 0} for row in history]
 
 
-# ------------------------------------------------------------------------------------------------
-# Identities: each against an independent reference
-# ------------------------------------------------------------------------------------------------
+# ---- Identities: each against an independent reference ------------------------------------------
 
 
-def test_kl_equals_torch_distributions():
+def test_kl_equals_torch_distributions_and_is_zero_at_the_prior_alone():
     mu, logvar = 2 * torch.randn(64, 7), 2 * torch.randn(64, 7)
-    reference = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0, 1))
-    torch.testing.assert_close(common.kl_per_latent(mu, logvar), reference.mean(dim=0))
-    torch.testing.assert_close(common.kl_divergence(mu, logvar), reference.sum(dim=1).mean())
-
-
-def test_kl_is_zero_at_the_prior_alone():
+    reference = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0, 1)).mean(dim=0)
+    torch.testing.assert_close(common.kl_per_latent(mu, logvar), reference)
     zeros = torch.zeros(3, 4)
-    assert common.kl_divergence(zeros, zeros) == 0
-    assert common.kl_divergence(zeros + 0.1, zeros) > 0 and common.kl_divergence(zeros, zeros + 0.1) > 0
+    assert common.kl_per_latent(zeros, zeros).count_nonzero() == 0
+    assert common.kl_per_latent(zeros + 0.1, zeros).min() > 0 < common.kl_per_latent(zeros, zeros + 0.1).min()
 
 
-def test_reconstruction_term_equals_float64_cross_entropy_of_probabilities():
+def test_reconstruction_terms_equal_float64_references_and_stay_exact_where_a_sigmoid_would_saturate():
     x, logits = torch.rand(16, 1, 28, 28), 3 * torch.randn(16, 1, 28, 28)
-    p, grey = logits.double().sigmoid(), x.double()
-    reference = -(grey * p.log() + (1 - grey) * (1 - p).log()).sum() / 16
-    torch.testing.assert_close(common.reconstruction_term(logits, x).double(), reference, rtol=1e-6, atol=0)
-
-
-def test_reconstruction_term_of_binary_pixels_is_a_bernoulli_log_likelihood():
-    x, logits = torch.rand(16, 1, 28, 28).round(), torch.randn(16, 1, 28, 28)
-    reference = -Bernoulli(logits=logits).log_prob(x).sum(dim=(1, 2, 3)).mean()
-    torch.testing.assert_close(common.reconstruction_term(logits, x), reference)
-
-
-def test_reconstruction_term_stays_exact_where_a_sigmoid_would_saturate():
-    logits = torch.full((1, 1, 28, 28), 200.0)
-    assert common.reconstruction_term(logits, torch.zeros_like(logits)).item() == pytest.approx(200 * 784)
-
-
-def test_squared_error_is_a_unit_gaussian_without_its_constant():
-    x, logits = torch.rand(16, 1, 28, 28), torch.randn(16, 1, 28, 28)
-    reference = -Normal(logits.sigmoid(), 1).log_prob(x).sum(dim=(1, 2, 3)).mean() - 784 / 2 * math.log(2 * math.pi)
-    torch.testing.assert_close(common.reconstruction_term(logits, x, "mse"), reference, rtol=1e-4, atol=0)
+    p, grey, constant = logits.double().sigmoid(), x.double(), 784 / 2 * math.log(2 * math.pi)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=0)
+    cross_entropy = -(grey * p.log() + (1 - grey) * (1 - p).log()).sum(dim=(1, 2, 3))
+    close(common.reconstruction_term(logits, x).double(), cross_entropy)
+    bernoulli = -Bernoulli(logits=logits).log_prob(x.round()).sum(dim=(1, 2, 3))
+    close(common.reconstruction_term(logits, x.round()), bernoulli)
+    gaussian = -Normal(p, 1).log_prob(grey).sum(dim=(1, 2, 3)) - constant
+    close(common.reconstruction_term(logits, x, "mse").double(), gaussian)
+    saturated = torch.full((1, 1, 28, 28), 200.0)
+    close(common.reconstruction_term(saturated, torch.zeros_like(saturated)), torch.tensor([200.0 * 784]))
 
 
 class LinearGaussian:
@@ -135,12 +128,12 @@ class LinearGaussian:
         return (z.double() @ self.weight.T + 0.5).clamp(1e-6, 1 - 1e-6).logit().view(-1, 1, 28, 28)
 
 
-@pytest.mark.parametrize("k", [1, 7, 10, 64])
-def test_the_bound_is_log_p_for_any_k_where_q_is_the_posterior(mnist, k):
+def test_the_bound_is_log_p_for_any_k_where_q_is_the_posterior(mnist):
     # Every weight p(x|z) p(z) / q(z|x) is then p(x): a wrong sign, constant or axis has nowhere to hide.
     model = LinearGaussian(mnist.test_images)
-    bound = common.importance_weighted_bound(model, model.mu, model.logvar, mnist.test_images, k, "mse")
-    assert bound == pytest.approx(model.log_p, abs=2e-4)
+    for k in (1, 7, 10, 64):
+        bound = common.importance_weighted_bound(model, model.mu, model.logvar, mnist.test_images, k, "mse")
+        assert bound == pytest.approx(model.log_p, abs=2e-4)
 
 
 def test_the_bound_of_a_poor_q_rises_from_the_elbo_to_log_p(mnist):
@@ -157,24 +150,6 @@ def test_the_bound_of_a_poor_q_rises_from_the_elbo_to_log_p(mnist):
     assert bounds == sorted(bounds) and bounds[-1] == pytest.approx(model.log_p, abs=0.01)
 
 
-def test_the_bound_of_bernoulli_pixels_reaches_log_p_by_quadrature(mnist):
-    torch.manual_seed(0)
-    decoder = common.Decoder(1, NARROW)
-    decoder.last_layer[0].weight.data *= 30  # an output that depends on z
-    images = common.binarise(mnist.test_images[:10])
-    x = common.to_pixels(images)
-    grid = torch.linspace(-6, 6, 601)[:, None]
-    with torch.no_grad():
-        log_px = torch.stack(
-            [Bernoulli(logits=logits).log_prob(x).sum(dim=(1, 2, 3)) for logits in decoder.logits(grid)]
-        )  # (grid, N)
-    log_p = (log_px.double() + Normal(0.0, 1.0).log_prob(grid)).logsumexp(dim=0) + math.log(12 / 600)
-    assert log_px.std(dim=0).min() > 0.3
-    mu, logvar = torch.zeros(10, 1), torch.zeros(10, 1)  # q is the prior
-    bound = common.importance_weighted_bound(decoder, mu, logvar, images, 1500)
-    assert bound == pytest.approx(log_p.mean().item(), abs=0.03)
-
-
 def test_active_units_are_those_whose_mean_varies_over_images():
     mu = torch.stack([torch.randn(1000), 0.05 * torch.randn(1000), 3 + torch.zeros(1000)], dim=1)
     assert common.active_units(mu) == 1  # variances 1, 0.0025 and 0, whatever the means
@@ -183,36 +158,42 @@ def test_active_units_are_those_whose_mean_varies_over_images():
 def test_probe_accuracy_is_that_of_ridge_regression_by_least_squares():
     torch.manual_seed(0)
     labels = torch.arange(10).repeat(60)
-    codes = torch.randn(10, 6)[labels] + 1.2 * torch.randn(600, 6) + 7  # classes that overlap, away from zero
+    scales = torch.tensor([1.0, 1, 1, 0.1, 0.1, 0.1])  # the penalty decides how much the last three count
+    codes = (torch.randn(10, 6)[labels] + 0.8 * torch.randn(600, 6)) * scales + 7  # classes that overlap
     train, test = slice(0, 400), slice(400, 600)
     centre = codes[train].mean(dim=0)
     onehot = torch.nn.functional.one_hot(labels[train], 10).float()
-    # The penalty as rows of data: (0.4 ** 0.5 I) w = 0, with 1e-3 * 400 = 0.4.
-    rows = torch.cat([codes[train] - centre, 0.4**0.5 * torch.eye(6)])
-    answers = torch.cat([onehot - onehot.mean(dim=0), torch.zeros(6, 10)])
-    scores = (codes[test] - centre) @ torch.linalg.lstsq(rows, answers).solution + onehot.mean(dim=0)
-    reference = (scores.argmax(dim=1) == labels[test]).float().mean().item()
+    references = []
+    for penalty in (0.4, 40, 0.004):  # 1e-3 for each of 400 codes; as rows of data: sqrt(penalty) I w = 0
+        rows = torch.cat([codes[train] - centre, penalty**0.5 * torch.eye(6)])
+        answers = torch.cat([onehot - onehot.mean(dim=0), torch.zeros(6, 10)])
+        scores = (codes[test] - centre) @ torch.linalg.lstsq(rows, answers).solution + onehot.mean(dim=0)
+        references.append((scores.argmax(dim=1) == labels[test]).float().mean().item())
     accuracy = common.probe_accuracy(codes[train], labels[train], codes[test], labels[test])
-    assert 0.3 < accuracy < 0.95 and accuracy == pytest.approx(reference)
+    assert 0.3 < accuracy < 0.95 and accuracy == pytest.approx(references[0])
+    assert references[0] != pytest.approx(references[1]) and references[0] != pytest.approx(references[2])
 
 
-def test_pca_baselines_equal_those_of_a_singular_value_decomposition(mnist):
-    encoder, decoder = build("AE")
-    mu, _ = common.encode(encoder, mnist.test_images)
-    args = argparse.Namespace(latent_dim=5, binarize=False)
-    metrics = common.representation_metrics(encoder, decoder, mnist, mu, args)
-    train_x, x = (images.flatten(1).double() / 255 for images in (mnist.train_images, mnist.test_images))
+def test_metrics_equal_those_of_a_mean_reconstruction_and_of_a_singular_value_decomposition(mnist):
+    encoder, decoder = build("VAE")
+    mu, logvar = common.encode(encoder, mnist.test_images)
+    train_x, x = (images.double() / 255 for images in (mnist.train_images, mnist.test_images))
+    torch.testing.assert_close(logvar, encoder(x.float())[1])
+    metrics = common.representation_metrics(encoder, decoder, mnist, mu, argparse.Namespace(latent_dim=5, binarize=0))
+    reference = torch.nn.functional.mse_loss(decoder(encoder(x.float())[0]), x.float()).item()
+    assert metrics["mse"] == pytest.approx(reference, rel=1e-5)
+
+    train_x, x = train_x.flatten(1), x.flatten(1)
     mean = train_x.mean(dim=0)
     directions = torch.linalg.svd(train_x - mean, full_matrices=False).Vh[:5]  # (5, 784)
     codes, train_codes = ((part - mean) @ directions.T for part in (x, train_x))
     assert metrics["pca_mse"] == pytest.approx((codes @ directions + mean - x).square().mean().item(), rel=1e-4)
-    probe = partial(common.probe_accuracy, train_labels=mnist.train_labels, labels=mnist.test_labels)
-    for name, (train_part, part) in {
-        "probe": (common.encode(encoder, mnist.train_images)[0], mu),
-        "pca_probe": (train_codes.float(), codes.float()),
-        "pixel_probe": (train_x.float(), x.float()),
-    }.items():
-        reference = probe(train_codes=train_part, codes=part)
+    for name, train_part, part in (
+        ("probe", common.encode(encoder, mnist.train_images)[0], mu),
+        ("pca_probe", train_codes.float(), codes.float()),
+        ("pixel_probe", train_x.float(), x.float()),
+    ):
+        reference = common.probe_accuracy(train_part, mnist.train_labels, part, mnist.test_labels)
         assert metrics[f"{name}_accuracy"] == pytest.approx(reference, abs=0.004)  # one image in 300
 
 
@@ -225,14 +206,19 @@ def test_losses_compose_as_the_papers_say(mnist):
         return loss_fn(*models, x)
 
     loss, terms = seeded(vae.vae_loss)
+    torch.manual_seed(1)
+    mu, logvar, z = models[0](x)
+    torch.testing.assert_close(terms["recon"], common.reconstruction_term(models[1].logits(z), x).sum() / 32)
+    reference = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0, 1)).sum() / 32
+    torch.testing.assert_close(terms["kl"], reference)
     torch.testing.assert_close(loss, terms["recon"] + terms["kl"])
     assert terms["elbo"] == -loss
     for beta in (0.5, 1.0, 4.0):
         objective, same_terms = seeded(partial(beta_vae.beta_vae_loss, beta=beta))
         torch.testing.assert_close(objective, terms["recon"] + beta * terms["kl"])
         assert same_terms == terms, "the terms and the plain ELBO do not depend on beta"
-        if beta == 1:
-            torch.testing.assert_close(objective, loss)
+    squared = seeded(partial(vae.vae_loss, kind="mse"))[1]["recon"]
+    torch.testing.assert_close(squared, common.reconstruction_term(models[1].logits(z), x, "mse").sum() / 32)
 
 
 def test_warmup_and_capacity_follow_their_schedules(mnist):
@@ -261,15 +247,6 @@ def test_the_loss_does_not_depend_on_how_images_are_batched(mnist, monkeypatch):
         assert split["loss"] == split["recon"] == pytest.approx(whole.item(), rel=1e-5)
 
 
-def test_mse_is_that_of_reconstructions_from_the_mean(mnist):
-    encoder, decoder = build("VAE")
-    x = common.to_pixels(mnist.test_images)
-    mu, logvar = common.encode(encoder, mnist.test_images)
-    reference = torch.nn.functional.mse_loss(decoder(encoder(x)[0]), x).item()
-    assert common.reconstruction_mse(decoder, mu, mnist.test_images) == pytest.approx(reference, rel=1e-5)
-    torch.testing.assert_close(logvar, encoder(x)[1])
-
-
 def test_samples_of_the_ae_have_the_mean_and_covariance_of_its_codes():
     torch.manual_seed(0)
     codes = torch.randn(500, 3) @ torch.tensor([[2.0, 0, 0], [1, 1, 0], [0, 0, 0]]) + 5  # one latent is dead
@@ -278,18 +255,15 @@ def test_samples_of_the_ae_have_the_mean_and_covariance_of_its_codes():
     torch.testing.assert_close(samples.T.cov(), codes.T.cov(), atol=0.1, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------
-# Behaviour
-# ------------------------------------------------------------------------------------------------
+# ---- Behaviour ----------------------------------------------------------------------------------
 
 
 def test_encoder_returns_the_mean_for_an_ae_and_a_triple_for_a_vae():
     x = torch.rand(6, 1, 28, 28)
     ae_encoder, vae_encoder = build("AE")[0], build("VAE")[0]
     mu = ae_encoder(x)
-    assert mu.shape == (6, 5)
     vae_mu, logvar, z = vae_encoder(x)
-    assert logvar.shape == z.shape == (6, 5)
+    assert mu.shape == logvar.shape == z.shape == (6, 5)
     assert torch.equal(mu, vae_mu), "one seed gives both the same weights"
     with pytest.raises(ValueError, match="GAN"):
         common.Encoder(NARROW, 5, "GAN")
@@ -310,30 +284,23 @@ def test_the_decoders_crop_undoes_the_encoders_padding():
 def test_a_bias_added_apart_gives_the_images_and_gradients_of_torchs_own_layer():
     torch.manual_seed(0)
     settings = {"stride": 2, "padding": 1, "output_padding": 1, "groups": 3, "dilation": 2}
-    ours = common.ConvTranspose2d(6, 3, 4, **settings).double()
-    theirs = torch.nn.ConvTranspose2d(6, 3, 4, **settings).double()
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 6, 5, 5).double()
-    weight = torch.randn_like(theirs(x))
-    results = []
-    for layer in (ours, theirs):
+    layers = [cls(6, 3, 4, **settings).double() for cls in (common.ConvTranspose2d, torch.nn.ConvTranspose2d)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x, results = torch.randn(2, 6, 5, 5).double(), []
+    for layer in layers:
         z = x.clone().requires_grad_()
         images = layer(z)
-        (images * weight).sum().backward()
+        (images * torch.linspace(-1, 1, images.numel()).view_as(images)).sum().backward()
         results.append([images, z.grad, layer.weight.grad, layer.bias.grad])
     torch.testing.assert_close(*results)
 
 
-def test_reparameterize_has_the_mean_and_variance_it_is_given():
+def test_reparameterize_has_the_mean_and_variance_it_is_given_and_passes_gradients_to_both():
     encoder, _ = build("VAE")
     mu, logvar = torch.tensor([[-3.0, 0.0, 2.0]]), torch.tensor([[-2.0, 0.0, 1.0]])
     z = encoder.reparameterize(mu.expand(200_000, 3), logvar.expand(200_000, 3))
     torch.testing.assert_close(z.mean(dim=0), mu[0], atol=0.02, rtol=0)
     torch.testing.assert_close(z.var(dim=0), logvar[0].exp(), atol=0, rtol=0.02)
-
-
-def test_reparameterize_passes_gradients_to_both_inputs():
-    encoder, _ = build("VAE")
     mu, logvar = torch.zeros(4, 5, requires_grad=True), torch.zeros(4, 5, requires_grad=True)
     z = encoder.reparameterize(mu, logvar)
     z.sum().backward()
@@ -351,30 +318,22 @@ def test_decoder_gives_images_in_the_unit_interval_and_their_logits():
 
 
 @pytest.mark.parametrize("loss_fn", [ae.ae_loss, vae.vae_loss, partial(beta_vae.beta_vae_loss, beta=4)])
-def test_the_loss_falls_when_a_model_overfits_one_batch(mnist, loss_fn):
-    encoder, decoder = build("AE" if loss_fn is ae.ae_loss else "VAE")
-    x = common.to_pixels(mnist.train_images[:32])
-    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
-    losses = []
-    for _ in range(200):
-        loss, _ = loss_fn(encoder, decoder, x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
-def test_training_lowers_the_test_loss_of_unseen_images(mnist, tmp_path):
-    *_, history = train(mnist, tmp_path, epochs=8)
+def test_training_lowers_the_test_loss_of_unseen_images(loss_fn, mnist, tmp_path):
+    *_, history = train(mnist, tmp_path, epochs=8, loss_fn=loss_fn)
     assert history[-1]["test_loss"] < 0.8 * history[0]["test_loss"]
 
 
 def test_one_seed_gives_the_same_run_to_the_bit_and_another_does_not(mnist, tmp_path):
-    first, again, other = (train(mnist, tmp_path, seed) for seed in (3, 3, 4))
+    first, again, other = (train(mnist, tmp_path, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(weights(*first[:2]), weights(*again[:2]))
     assert not torch.equal(weights(*first[:2]), weights(*other[:2]))
     assert timeless(first[2]) == timeless(again[2]) != timeless(other[2])
+    draws = set()
+    for seed in range(5):
+        for epoch in range(5):
+            common.seed_epoch(seed, epoch)
+            draws.add(torch.rand(1).item())
+    assert len(draws) == 25, "every seed and epoch has random numbers of its own"
 
 
 def test_progress_runs_from_0_to_1_and_is_1_in_the_last_test(mnist, tmp_path):
@@ -384,8 +343,7 @@ def test_progress_runs_from_0_to_1_and_is_1_in_the_last_test(mnist, tmp_path):
         (tests if torch.is_inference_mode_enabled() else steps).append(progress.item())
         return vae.vae_loss(encoder, decoder, x)
 
-    args = short_args(epochs=2)
-    common.train_model(*build("VAE"), mnist, loss_fn, args, tmp_path, progress)
+    train(mnist, tmp_path, loss_fn=loss_fn, progress=progress)
     assert steps == [i / 16 for i in range(16)]
     assert tests == [0.5, 0.5, 1, 1]  # two batches of test images an epoch
 
@@ -398,7 +356,7 @@ def test_binarised_training_draws_anew_and_the_test_set_is_drawn_once(mnist, tmp
             batches.append(x)
         return vae.vae_loss(encoder, decoder, x)
 
-    common.train_model(*build("VAE"), mnist, loss_fn, short_args("--binarize", epochs=4), tmp_path)
+    train(mnist, tmp_path, "--binarize", epochs=4, loss_fn=loss_fn)
     drawn = torch.cat(batches).view(4, 512, 784)  # each epoch in an order of its own
     assert set(drawn.unique().tolist()) == {0, 1} and len(drawn.sum(dim=(1, 2)).unique()) == 4
     pixels = common.to_pixels(mnist.train_images).flatten(1)
@@ -407,14 +365,16 @@ def test_binarised_training_draws_anew_and_the_test_set_is_drawn_once(mnist, tmp
     once = common.binarise(mnist.train_images)
     assert torch.equal(once, common.binarise(mnist.train_images)) and set(once.unique().tolist()) == {0, 255}
     assert common.to_pixels(once).mean().item() == pytest.approx(pixels.mean().item(), abs=0.002)
+    data = common.load_mnist(ROOT / "data", limit=512, binarize=True)
+    assert torch.equal(data.test_images[:300], common.binarise(data.test_images)[:300])
+    assert torch.equal(data.train_images, mnist.train_images), "they are drawn in training"
 
 
 def test_bfloat16_trains_to_the_loss_of_float32(mnist, tmp_path):
     losses = []
     for precision in ("fp32", "bf16"):
-        models = build("VAE")
-        args = short_args("--precision", precision, epochs=2)
-        losses.append(common.train_model(*models, mnist, vae.vae_loss, args, tmp_path)[-1]["test_loss"])
+        *models, history = train(mnist, tmp_path, "--precision", precision)
+        losses.append(history[-1]["test_loss"])
         assert all(tensor.dtype == torch.float32 for model in models for tensor in model.state_dict().values())
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
 
@@ -424,37 +384,40 @@ def test_bfloat16_is_taken_where_the_processor_has_it_or_where_it_is_asked_for(h
     for name in ("amx_tile", "avx512_bf16"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == has)
     cpu = torch.device("cpu")
-    dtype, reason = common.pick_precision(cpu)
-    assert dtype == (torch.bfloat16 if has else torch.float32)
-    assert reason == {"amx_tile": "native: AMX", "avx512_bf16": "native: AVX512-BF16", None: "no native bfloat16"}[has]
-    assert common.pick_precision(torch.device("mps"))[0] == torch.float32
-    assert common.pick_precision(cpu, "bf16") == (torch.bfloat16, "as asked")
-    assert common.pick_precision(cpu, "fp32") == (torch.float32, "as asked")
+    reason = {"amx_tile": "native: AMX", "avx512_bf16": "native: AVX512-BF16", None: "no native bfloat16"}[has]
+    assert common.pick_precision(cpu) == ("bfloat16" if has else "float32", reason)
+    assert common.pick_precision(torch.device("mps"))[0] == "float32"
+    assert common.pick_precision(cpu, "bf16") == ("bfloat16", "as asked")
+    assert common.pick_precision(cpu, "fp32") == ("float32", "as asked")
 
 
-def test_a_learning_rate_in_a_tensor_trains_as_one_in_a_float(mnist):
-    x = common.to_pixels(mnist.train_images[:64])
-    trained = []
-    for lr in (1e-3, torch.tensor(1e-3)):
-        models = build("VAE")
-        optimizer = torch.optim.Adam([*models[0].parameters(), *models[1].parameters()], lr=lr, fused=True)
-        torch.manual_seed(0)
-        for step in range(5):
-            common.set_learning_rate(optimizer, 1e-2 / (step + 1))
-            loss, _ = vae.vae_loss(*models, x)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3)
-        assert torch.is_tensor(optimizer.param_groups[0]["lr"]) == torch.is_tensor(lr)
-        trained.append(weights(*models))
-    torch.testing.assert_close(*trained, atol=1e-4, rtol=1e-3)
+def test_learning_rate_warms_up_over_a_tenth_and_falls_to_zero():
+    rates = [common.learning_rate(step, 1000, 2e-3) for step in range(1000)]
+    assert rates[99] == max(rates) == 2e-3
+    assert rates[49] == pytest.approx(1e-3) and rates[549] == pytest.approx(1e-3, rel=0.01)
+    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert 0 < rates[-1] < 1e-7
+    assert common.learning_rate(0, 1, 2e-3) == 2e-3  # a run of one step
+
+
+def test_every_step_takes_its_own_learning_rate(mnist, tmp_path, monkeypatch):
+    rates = []
+
+    class Adam(torch.optim.Adam):
+        def step(self):
+            rates.append(float(self.param_groups[0]["lr"]))
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    *_, history = train(mnist, tmp_path, "--lr=1e-2")
+    assert rates == [common.learning_rate(step, 16, 1e-2) for step in range(16)]
+    assert [row["lr"] for row in history] == [rates[7], rates[15]]
 
 
 def test_a_graphed_step_runs_three_times_is_recorded_once_and_replayed_from_then_on(monkeypatch):
     calls, recording = [], []
 
-    @contextlib.contextmanager
+    @contextmanager
     def graph(_):
         recording.append(True)
         yield
@@ -477,36 +440,13 @@ def test_a_graphed_step_runs_three_times_is_recorded_once_and_replayed_from_then
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_cuda_graph_gives_the_losses_of_the_eager_step(precision, tmp_path, monkeypatch):
     data = common.load_mnist(ROOT / "data", torch.device("cuda:0"), limit=4096)
-    histories = []
-    for name in ("graph", "eager"):
-        if name == "eager":
-            monkeypatch.setattr(common, "as_cuda_graph", lambda step, device: step)
-        models = [model.to("cuda:0") for model in build("VAE")]
-        (tmp_path / name).mkdir()
-        args = short_args("--precision", precision, epochs=3)
-        histories.append(common.train_model(*models, data, vae.vae_loss, args, tmp_path / name))
-    for graph, eager in zip(*histories):
-        assert graph["lr"] == eager["lr"]
-        assert graph["train_loss"] == pytest.approx(eager["train_loss"], rel=0.01)
-        assert graph["test_elbo"] == pytest.approx(eager["test_elbo"], rel=0.01)
-
-
-def test_every_seed_and_epoch_has_random_numbers_of_its_own():
-    draws = set()
-    for seed in range(5):
-        for epoch in range(5):
-            common.seed_epoch(seed, epoch)
-            draws.add(torch.rand(1).item())
-    assert len(draws) == 25
-
-
-def test_learning_rate_warms_up_over_a_tenth_and_falls_to_zero():
-    rates = [common.learning_rate(step, 1000, 2e-3) for step in range(1000)]
-    assert rates[99] == max(rates) == 2e-3
-    assert rates[49] == pytest.approx(1e-3) and rates[549] == pytest.approx(1e-3, rel=0.01)
-    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
-    assert 0 < rates[-1] < 1e-7
-    assert common.learning_rate(0, 1, 2e-3) == 2e-3  # a run of one step
+    *_, graphed = train(data, tmp_path, "--precision", precision, epochs=3)
+    monkeypatch.setattr(common, "as_cuda_graph", lambda step, device: step)
+    *_, eager = train(data, tmp_path, "--precision", precision, epochs=3)
+    for one, other in zip(graphed, eager):
+        assert one["lr"] == other["lr"]
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.01)
+        assert one["test_elbo"] == pytest.approx(other["test_elbo"], rel=0.01)
 
 
 def test_load_model_gives_back_the_trained_weights_and_arguments(mnist, tmp_path):
@@ -516,9 +456,7 @@ def test_load_model_gives_back_the_trained_weights_and_arguments(mnist, tmp_path
     assert args.latent_dim == 5 and args.hidden_dims == NARROW and loaded_encoder.model_name == "VAE"
 
 
-# ------------------------------------------------------------------------------------------------
-# Whole runs, each in a process of its own, on the real images
-# ------------------------------------------------------------------------------------------------
+# ---- Whole runs, each in a process of its own, on the real images --------------------------------
 
 FIGURES = ["reconstructions", "samples", "interpolations", "loss_curves", "latent_space"]
 LATENT_FIGURES = ["traversals", "kl_per_dimension"]
@@ -526,20 +464,18 @@ TERMS = ["loss", "recon", "kl", "elbo"]
 
 
 @pytest.mark.parametrize(
-    "command, figures, terms",
+    "script, flags, figures, terms",
     [
-        ("ae.py --recon mse", FIGURES, TERMS[:2]),
-        ("vae.py --binarize --iw-samples 3", FIGURES + LATENT_FIGURES, TERMS),
-        ("beta_vae.py --capacity 5 --warmup 0.5 --latent-dim 2", FIGURES + LATENT_FIGURES + ["manifold"], TERMS),
+        (ae, "--recon mse", FIGURES, TERMS[:2]),
+        (vae, "--binarize --iw-samples 3", FIGURES + LATENT_FIGURES, TERMS),
+        (beta_vae, "--capacity 5 --warmup 0.5 --latent-dim 2", FIGURES + LATENT_FIGURES + ["manifold"], TERMS),
     ],
 )
-def test_a_script_leaves_every_figure_and_finite_numbers(command, figures, terms, tmp_path):
-    script, *flags = command.split()
-    small = ["--epochs", "1", "--limit", "512", "--hidden-dims", "8", "16", "16", "32", "--device", "cpu"]
-    done = run_process([ROOT / script, *flags, *small, "--data", ROOT / "data"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    out = tmp_path / "runs" / Path(script).stem
+def test_a_script_leaves_every_figure_and_finite_numbers(script, flags, figures, terms, tmp_path):
+    small = "--epochs 1 --limit 512 --hidden-dims 8 16 16 32 --device cpu --data".split()
+    done = run_process([ROOT / f"{script.__name__}.py", *flags.split(), *small, ROOT / "data"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    out = tmp_path / "runs" / script.__name__
 
     expected = {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf")}
     assert {file.name for file in out.iterdir()} == expected | {"history.csv", "metrics.json", "checkpoint.pt", ".lock"}
@@ -561,37 +497,29 @@ def test_a_script_leaves_every_figure_and_finite_numbers(command, figures, terms
     per_latent = test.pop("kl_per_latent", [])
     wanted = {*terms, "mse", "pca_mse", "probe_accuracy", "pca_probe_accuracy", "pixel_probe_accuracy"}
     wanted |= {"active_units"} if "kl" in terms else set()
-    assert set(test) == (wanted | {"iw_bound"} if "--iw-samples" in flags else wanted)
-    assert all(math.isfinite(value) for value in test.values())
+    wanted |= {"iw_bound"} if "--iw-samples" in flags else set()
+    assert set(test) == wanted and all(math.isfinite(value) for value in test.values())
     assert protocol["pixels"] == ("binarised" if "--binarize" in flags else "grey")
     assert protocol["recon"].startswith("Gaussian" if "mse" in flags else "Bernoulli")
     assert protocol["K"] == (3 if "--iw-samples" in flags else None)
-    for term in terms:
-        assert test[term] == float(row[f"test_{term}"])
     if "elbo" in terms:
         assert test["elbo"] == pytest.approx(-test["recon"] - test["kl"])
         assert sum(per_latent) == pytest.approx(test["kl"], rel=1e-4) and min(per_latent) >= 0
     if "iw_bound" in test:
         assert test["elbo"] < test["iw_bound"] < test["elbo"] + 5
 
+    # The numbers are those of the model that was saved, on the test set that the protocol names.
     encoder, decoder, args = common.load_model(out)
     assert metrics["train"]["parameters"] == weights(encoder, decoder).numel()
-    assert decoder(torch.randn(4, args.latent_dim)).shape == (4, 1, 28, 28)
+    images = common.load_mnist(ROOT / "data", binarize="--binarize" in flags).test_images
+    loss_fn = partial(ae.ae_loss if script is ae else vae.vae_loss, kind=args.recon)
+    again = common.evaluate(encoder, decoder, images, loss_fn)
+    for term in set(terms) - {"loss"}:
+        assert test[term] == float(row[f"test_{term}"]) == pytest.approx(again[term], rel=1e-5)
 
 
-def test_overwrite_clears_the_old_run_and_nothing_else(tmp_path):
-    for name in ("metrics.json", "manifold.png", "notes.txt", "my_samples.png"):
-        (tmp_path / name).write_text("old")
-    common.clear_folder(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["my_samples.png", "notes.txt"]
+# ---- Nothing lost: kills, full disks, damage, two runs at once -----------------------------------
 
-
-# ------------------------------------------------------------------------------------------------
-# Nothing lost: kills, full disks, damage, two runs at once
-# ------------------------------------------------------------------------------------------------
-
-QUICK = "--epochs 4 --limit 1280 --batch-size 64 --latent-dim 5 --hidden-dims 4 8 8 16 --device cpu --data".split()
-QUICK.append(str(ROOT / "data"))
 DIE = """
 import os, signal, common, vae
 calls, real = 0, {target}
@@ -608,67 +536,71 @@ vae.main({argv!r})
 
 def run_until(signal, target, call, argv, cwd):
     """Run vae.py in a process that sends itself `signal` at a given call of a function."""
-    code = DIE.format(signal=signal, target=target, call=call, argv=argv)
-    return run_process(["-c", code], cwd)
+    return run_process(["-c", DIE.format(signal=signal, target=target, call=call, argv=argv)], cwd)
 
 
 def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
-    vae.main([*QUICK, "--out", str(tmp_path / "whole")])
-    argv = [*QUICK, "--resume", "killed"]  # one command line starts and goes on
-    moments = [
-        ("SIGKILL", "common.to_pixels", 3),  # in the first epoch: no checkpoint yet
-        ("SIGKILL", "common.os.replace", 2),  # a checkpoint written, but not yet moved into place
-        ("SIGKILL", "common.os.replace", 3),  # in place, with the history one epoch behind
-        ("SIGKILL", "common.to_pixels", 27),  # in the middle of an epoch
-        ("SIGINT", "common.to_pixels", 50),  # in the next
-    ]
-    epochs = []
-    for moment in moments:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    vae.main([*QUICK, "--epochs", "4", "--out", str(whole)])
+    argv = [*QUICK, "--epochs", "4", "--resume", "killed"]  # one command line starts and goes on
+    for code, epoch, *moment in (
+        (-9, 0, "SIGKILL", "common.to_pixels", 3),  # in the first epoch: no checkpoint yet
+        (130, 0, "SIGINT", "common.to_pixels", 5),  # nor here: nothing to draw
+        (-9, 0, "SIGKILL", "common.os.replace", 2),  # a checkpoint written, but not yet moved into place
+        (-9, 1, "SIGKILL", "common.os.replace", 3),  # in place, with the history one epoch behind
+        (-9, 1, "SIGKILL", "common.to_pixels", 27),  # in the middle of an epoch
+        (130, 2, "SIGINT", "common.to_pixels", 70),  # after the next
+    ):
         done = run_until(*moment, argv, tmp_path)
-        assert done.returncode == (130 if moment[0] == "SIGINT" else -9), done.stderr
-        checkpoint = tmp_path / "killed" / "checkpoint.pt"
-        epochs.append(common.read_checkpoint(tmp_path / "killed")["epoch"] if checkpoint.exists() else 0)
-    assert epochs == [0, 0, 1, 1, 2]
-    # Ctrl-C, the last of them, has also drawn what was trained, and says how to go on.
-    assert done.stderr == "vae.py: interrupted; go on with: python vae.py --resume killed\n"
-    assert json.loads((tmp_path / "killed" / "metrics.json").read_text())["train"]["epochs"] == 2
-    assert (tmp_path / "killed" / "samples.png").exists()
+        assert done.returncode == code, done.stderr
+        if code == 130:
+            assert done.stderr == "vae.py: interrupted; go on with: python vae.py --resume killed\n"
+        assert (read_checkpoint(killed)["epoch"] if (killed / "checkpoint.pt").exists() else 0) == epoch
+        assert (killed / "samples.png").exists() == (code == 130 and epoch > 0), "Ctrl-C draws what was trained"
+    assert json.loads((killed / "metrics.json").read_text())["train"]["epochs"] == 2
 
-    vae.main(["--resume", str(tmp_path / "killed")])  # with its own flags
+    vae.main(["--resume", str(killed)])  # with its own flags
 
-    whole, killed = (common.read_checkpoint(tmp_path / name) for name in ("whole", "killed"))
     for part in ("encoder", "decoder"):
-        for name, tensor in whole[part].items():
-            assert torch.equal(tensor, killed[part][name]), name
-    assert timeless(whole["history"]) == timeless(killed["history"]) and killed["epoch"] == 4
-    assert {file.name for file in (tmp_path / "whole").iterdir()} == {
-        file.name for file in (tmp_path / "killed").iterdir()
-    }
+        for name, tensor in read_checkpoint(whole)[part].items():
+            assert torch.equal(tensor, read_checkpoint(killed)[part][name]), name
+    assert (
+        timeless(read_checkpoint(whole)["history"]) == timeless(read_checkpoint(killed)["history"])
+        and read_checkpoint(killed)["epoch"] == 4
+    )
+    assert {file.name for file in whole.iterdir()} == {file.name for file in killed.iterdir()}
 
 
-def test_resume_keeps_flags_that_are_absent_zero_or_without_a_value(tmp_path):
-    flags = ["--binarize", "--capacity", "0", "--seed", "0", "--out", str(tmp_path / "run")]
-    beta_vae.main([*QUICK[2:], "--epochs", "1", *flags])
-    args = common.read_checkpoint(tmp_path / "run")["args"]
-    assert (args["binarize"], args["capacity"], args["iw_samples"]) == (True, 0, None)
-    beta_vae.main(["--resume", str(tmp_path / "run"), "--epochs", "2", "--iw-samples", "2"])
-    args = common.read_checkpoint(tmp_path / "run")["args"]
-    assert (args["binarize"], args["capacity"], args["iw_samples"], args["epochs"]) == (True, 0, 2, 2)
-    assert "iw_bound" in json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+def test_ctrl_c_goes_back_to_the_last_checkpoint_or_ends_where_there_is_none(mnist, tmp_path):
+    def interrupted(encoder, decoder, x):
+        calls.append(x)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return vae.vae_loss(encoder, decoder, x)
+
+    stop, calls = 5, []  # in the first epoch, of 8 steps and 2 batches of test images
+    with pytest.raises(KeyboardInterrupt):
+        train(mnist, tmp_path, loss_fn=interrupted)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    stop, calls = 15, []  # in the second
+    *models, history = train(mnist, tmp_path, loss_fn=interrupted)
+    *reference, _ = common.load_model(tmp_path)
+    assert len(history) == read_checkpoint(tmp_path)["epoch"] == 1
+    assert torch.equal(weights(*models), weights(*reference))
 
 
-def test_resume_takes_explicit_flags_and_refuses_another_shape_by_name(tmp_path, capsys):
-    quick = [*QUICK[2:], "--epochs", "1", "--lr", "1e-3", "--seed", "7"]
-    vae.main([*quick, "--out", str(tmp_path / "run")])
-    parser = common.make_parser("vae", vae.__doc__)
-    args = common.parse_args(parser, ["--resume", str(tmp_path / "run"), "--epochs", "3"])
-    assert (args.epochs, args.lr, args.seed, args.hidden_dims, args.limit) == (3, 1e-3, 7, NARROW, 1280)
-    capsys.readouterr()
-    for flags in ("--latent-dim 6", "--hidden-dims 4 8 8 8", "--out elsewhere", "--overwrite"):
-        with pytest.raises(SystemExit) as refusal:
-            vae.main(["--resume", str(tmp_path / "run"), *flags.split()])
-        error = capsys.readouterr().err
-        assert refusal.value.code == 2 and error.count("\n") == 1 and flags.split()[0] in error
+def test_resume_keeps_flags_that_are_absent_zero_or_without_a_value_and_takes_new_ones(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [*QUICK, *"--binarize --capacity 0 --seed 7 --lr 1e-3 --epochs 1 --out".split(), str(run)]
+    beta_vae.main(flags)
+    kept = {"binarize": True, "capacity": 0, "seed": 7, "lr": 1e-3, "hidden_dims": NARROW, "limit": 1280}
+    assert {**read_checkpoint(run)["args"], **kept, "iw_samples": None, "epochs": 1} == read_checkpoint(run)["args"]
+    beta_vae.main(["--resume", str(run), "--epochs", "2", "--iw-samples", "2"])
+    assert {**read_checkpoint(run)["args"], **kept, "iw_samples": 2, "epochs": 2} == read_checkpoint(run)["args"]
+    assert "iw_bound" in json.loads((run / "metrics.json").read_text())["test"]
+    for wrong in ("--latent-dim 6", "--hidden-dims 4 8 8 8", "--out elsewhere"):
+        assert wrong.split()[0] in ends(beta_vae.main, ["--resume", run, *wrong.split()], capsys)
+    assert "holds a run of beta_vae.py" in ends(vae.main, ["--resume", run], capsys)
 
 
 class Evil:
@@ -680,67 +612,41 @@ def test_untrusted_checkpoints_are_refused_in_one_line(mnist, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     train(mnist, tmp_path, epochs=1)
     path = tmp_path / "checkpoint.pt"
-    good = torch.load(path, weights_only=True)
-
-    def refused(wanted):
-        with pytest.raises(SystemExit) as refusal:
-            vae.main(["--resume", str(tmp_path), "--epochs", "3", "--data", str(ROOT / "data")])
-        error = capsys.readouterr().err
-        assert refusal.value.code == 2 and error.count("\n") == 1 and wanted in error
-
-    torch.save({**good, "evil": Evil()}, path)
-    refused("checkpoint.pt")
-    with pytest.raises(common.CheckpointError):
-        common.load_model(tmp_path)
+    good = path.read_bytes()
+    for content in ({**torch.load(path), "evil": Evil()}, [1, 2], {"epoch": 1}, good[:-1000], b""):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        assert "checkpoint.pt is damaged, or no checkpoint" in ends(vae.main, ["--resume", tmp_path], capsys)
+        with pytest.raises(ValueError, match="damaged"):
+            common.load_model(tmp_path)
     assert not Path("pwned").exists()
-    torch.save(good, path)
-    path.write_bytes(path.read_bytes()[:-1000])
-    refused("damaged")
-    path.write_bytes(b"")
-    refused("damaged")
-    torch.save([1, 2], path)
-    refused("checkpoint.pt")
-    torch.save({"epoch": 1}, path)
-    refused("no checkpoint")
-    torch.save({**good, "args": ["--epochs"]}, path)
-    refused("no checkpoint")
-    torch.save({**good, "optimizer": {}}, path)
-    refused("no checkpoint")
-    torch.save({**good, "args": {**good["args"], "script": "ae.py"}}, path)
-    refused("ae.py")
-    torch.save({**good, "args": {**good["args"], "epochs": -3}}, path)
-    refused("--epochs")
-    torch.save({**good, "args": {**good["args"], "latent_dim": 9}}, path)
-    refused("shape")
 
 
-@pytest.mark.skipif(common.resource is None, reason="needs a limit on file sizes")
 def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(tmp_path, monkeypatch, capsys):
+    resource = pytest.importorskip("resource", reason="needs a limit on file sizes")
     monkeypatch.chdir(tmp_path)
-    quick = [*QUICK[2:], "--out", "run"]
-    vae.main([*quick, "--epochs", "1"])
+    vae.main([*QUICK, "--epochs", "1", "--out", "run"])
     before = {file.name: file.read_bytes() for file in Path("run").iterdir()}
-    limits = common.resource.getrlimit(common.resource.RLIMIT_FSIZE)
-    train_model = vae.train_model
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    train_model = common.train_model
 
     def on_a_full_disk(*args):
-        common.resource.setrlimit(common.resource.RLIMIT_FSIZE, (10_000, limits[1]))  # no file beyond 10 kB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # no file beyond 10 kB
         return train_model(*args)
 
-    monkeypatch.setattr(vae, "train_model", on_a_full_disk)
+    monkeypatch.setattr(common, "train_model", on_a_full_disk)
     try:
-        with pytest.raises(SystemExit) as stop:
-            vae.main(["--resume", "run", "--epochs", "2"])
+        error = ends(vae.main, ["--resume", "run", "--epochs", "2"], capsys, code=1)
     finally:
-        common.resource.setrlimit(common.resource.RLIMIT_FSIZE, limits)
-    assert stop.value.code == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "File too large" in error and "--resume run" in error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in error and "--resume run" in error
     after = {file.name: file.read_bytes() for file in Path("run").iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"history.csv"} and set(after) == set(before)
 
 
-def test_divergence_names_the_term_and_keeps_the_last_good_checkpoint(mnist, tmp_path):
+def test_divergence_names_the_term_and_keeps_the_last_good_checkpoint(mnist, tmp_path, capsys):
     def diverging_loss(encoder, decoder, x):
         loss, terms = vae.vae_loss(encoder, decoder, x)
         good = not (tmp_path / "checkpoint.pt").exists()  # fine in the first epoch
@@ -748,23 +654,11 @@ def test_divergence_names_the_term_and_keeps_the_last_good_checkpoint(mnist, tmp
 
     with pytest.raises(FloatingPointError, match="train_kl is nan in epoch 2: try an --lr below 0.002"):
         train(mnist, tmp_path, loss_fn=diverging_loss)
-    checkpoint = common.read_checkpoint(tmp_path)
-    assert checkpoint["epoch"] == 1 and all(tensor.isfinite().all() for tensor in checkpoint["encoder"].values())
-
-
-def test_a_diverging_run_ends_with_code_1_and_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        vae.main([*QUICK, "--lr", "1e30", "--out", str(tmp_path / "run")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and "in epoch 1: try an --lr below 1e+30" in error
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
-
-
-def test_a_model_beyond_the_memory_ends_in_one_line(tmp_path):
-    huge = ["--hidden-dims", "4", "8", "8", "1000000", "--latent-dim", "900000"]
-    done = run_process([ROOT / "vae.py", *QUICK, *huge], tmp_path)
-    assert done.returncode == 1
-    assert done.stderr == "vae.py: error: out of memory; try a smaller --batch-size or model\n"
+    assert read_checkpoint(tmp_path)["epoch"] == 1 and all(
+        tensor.isfinite().all() for tensor in read_checkpoint(tmp_path)["encoder"].values()
+    )
+    error = ends(vae.main, [*QUICK, "--lr", "1e30", "--out", tmp_path / "run"], capsys, code=1)
+    assert "in epoch 1: try an --lr below 1e+30" in error and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @pytest.fixture
@@ -781,19 +675,13 @@ def archives(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_a_bad_archive_is_named_and_never_trained_on(damage, archives, capsys):
-    archive = archives / "train-images-idx3-ubyte.gz"
+    archive, root = archives / "train-images-idx3-ubyte.gz", archives.parents[1]
     content = bytearray(archive.read_bytes())
+    content[5_000_000] ^= damage == "flipped"
     archive.unlink()
-    if damage == "truncated":
-        archive.write_bytes(content[:-5])
-    if damage == "flipped":
-        content[5_000_000] ^= 1
-        archive.write_bytes(content)
-    root = archives.parents[1]
-    with pytest.raises(SystemExit) as refusal:
-        vae.main(["--data", str(root), "--out", str(root / "out")])
-    error = capsys.readouterr().err
-    assert refusal.value.code == 2 and error.count("\n") == 1
+    if damage != "missing":
+        archive.write_bytes(content[:-5] if damage == "truncated" else content)
+    error = ends(vae.main, ["--data", root, "--out", root / "out"], capsys)
     assert archive.name in error and str(archives) in error and "t10k" not in error
     assert not (root / "out").exists()
 
@@ -805,7 +693,7 @@ def test_damaged_unpacked_files_are_never_read(content, archives):
     data = common.load_mnist(archives.parents[1])
     assert len(data.train_images) == 60_000 and len(data.test_images) == 10_000
     assert data.train_images.float().mean().item() == pytest.approx(33.3184, abs=1e-3)
-    assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9] and data.test_labels[:3].tolist() == [7, 2, 1]
 
 
 def test_a_missing_archive_is_downloaded_once(archives, monkeypatch):
@@ -825,91 +713,55 @@ def test_two_runs_never_get_one_folder(tmp_path, monkeypatch, capsys):
     with ThreadPoolExecutor(8) as pool:
         claims = list(pool.map(lambda _: common.claim_folder(Path("runs/vae"), numbered=True), range(8)))
     assert {str(folder) for folder, _ in claims} == {"runs/vae", *(f"runs/vae-{i}" for i in range(2, 9))}
-    for flags in ("--out runs/vae", "--out runs/vae --overwrite", "--resume runs/vae"):
-        with pytest.raises(SystemExit) as refusal:
-            vae.main([*QUICK, *flags.split()])
-        error = capsys.readouterr().err
-        assert refusal.value.code == 2 and error.count("\n") == 1 and "another run writes to runs/vae" in error
+    for flag in ("--out", "--resume"):
+        assert "another run writes to runs/vae now" in ends(vae.main, [*QUICK, flag, "runs/vae"], capsys)
+    Path("runs/vae/.checkpoint.pt.1.tmp").touch()  # of a killed run
     for _, lock in claims:
         lock.close()
     common.claim_folder(Path("runs/vae"), numbered=False)[1].close()  # free again
+    assert [file.name for file in Path("runs/vae").iterdir()] == [".lock"]
 
 
-# ------------------------------------------------------------------------------------------------
-# Refusals
-# ------------------------------------------------------------------------------------------------
+# ---- Refusals -----------------------------------------------------------------------------------
 
 WHOLE = ["0", "-1", "1.5", "two", "nan", "inf", "1e3", "99999999999999999999"]
 REAL = ["0", "-1", "nan", "inf", "-inf", "1e999", "two"]
-REFUSED = [
-    *(f"{flag} {value}" for flag in ("--epochs", "--batch-size", "--limit", "--latent-dim") for value in WHOLE),
-    *(f"--seed {value}" for value in WHOLE[1:]),
-    *(f"--lr {value}" for value in REAL),
-    "--hidden-dims 4 8 8",
-    "--hidden-dims 4 8 8 16 32",
-    "--hidden-dims 4 8 8 0",
-    "--hidden-dims 4 8 8 nan",
-    "--batch-size 257 --limit 256",
-    "--limit 60001",
-    "--precision fp16",
-    "--recon l1",
-    "--device gpu",
-    "--device cuda:99",
-    "--device cuda:-1",
-    "--device cuda:x",
-    "--device mps:7",
-    "--device meta",
-    "--device cuda:99999999999999999999",
-    "--no-such-flag",
-    "--epoch 3",
-    "--out file",
-    "--out file/below",
-    "--out occupied",
-    "--resume file",
-    "--resume file/below",
-    "--data file",
-    f"--out {'x' * 300}",
-    f"--resume {'x' * 300}",
-]
-
-
-OF_SOME = [  # refused by scripts that have them for their value, by the others for the flag
-    *(f"--beta {value}" for value in REAL),
-    *(f"{flag} {value}" for flag in ("--warmup", "--capacity") for value in REAL[1:]),
-    "--warmup 21 --epochs 20",
-    *(f"--iw-samples {value}" for value in WHOLE),
-]
+VALUES = {
+    "--epochs": WHOLE,
+    "--batch-size": [*WHOLE, "257 --limit 256"],
+    "--limit": [*WHOLE, "60001"],
+    "--latent-dim": WHOLE,
+    "--seed": WHOLE[1:],
+    "--lr": REAL,
+    "--hidden-dims": ["4 8 8", "4 8 8 0", "4 8 8 nan", "4 8 8 16 32"],
+    "--precision": ["fp16"],
+    "--recon": ["l1"],
+    "--device": "gpu cuda:99 cuda:-1 cuda:x mps:7 meta cuda:99999999999999999999".split(),
+    "--no-such-flag": [""],
+    "--epoch": ["3"],
+    "--out": ["file", "file/below", "occupied", "x" * 300],
+    "--resume": ["file", "file/below", "x" * 300],
+    "--data": ["file"],
+    # Refused by scripts that have them for their value, by the others for the flag.
+    "--beta": REAL,
+    "--warmup": [*REAL[1:], "21 --epochs 20"],
+    "--capacity": REAL[1:],
+    "--iw-samples": WHOLE,
+}
 
 
 @pytest.mark.parametrize("script", [ae, vae, beta_vae], ids=["ae", "vae", "beta_vae"])
-@pytest.mark.parametrize("flags", [*REFUSED, "--device cuda", *OF_SOME])
-def test_bad_input_is_refused_in_one_line_and_writes_nothing(script, flags, tmp_path, monkeypatch, capsys):
-    if flags == "--device cuda" and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
+@pytest.mark.parametrize("flag", VALUES)
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(script, flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("a file")
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "metrics.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as refusal:
-        script.main(["--data", str(ROOT / "data"), *flags.split()])
-    error = capsys.readouterr().err
-    assert refusal.value.code == 2
-    assert error.count("\n") == 1 and flags.split()[0] in error
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_missing_data_without_a_network_names_the_files_and_their_folder(tmp_path, monkeypatch, capsys):
-    def no_network(*_, **__):
-        raise RuntimeError("no network")
-
-    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
-    with pytest.raises(SystemExit) as refusal:
-        vae.main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
-    error = capsys.readouterr().err
-    assert refusal.value.code == 2 and error.count("\n") == 1
-    assert "train-images-idx3-ubyte.gz" in error and str(tmp_path / "none" / "MNIST" / "raw") in error
-    assert not (tmp_path / "out").exists()
+    for value in VALUES[flag]:
+        error = ends(script.main, ["--data", ROOT / "data", flag, *value.split()], capsys)
+        assert flag in error or "unrecognized arguments: 32" in error  # a fifth width
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_refusal_ends_a_process_with_code_2_and_no_traceback(tmp_path):
@@ -918,9 +770,7 @@ def test_a_refusal_ends_a_process_with_code_2_and_no_traceback(tmp_path):
     assert done.stderr == "beta_vae.py: error: argument --beta: '-4' is not a finite number above 0\n"
 
 
-# ------------------------------------------------------------------------------------------------
-# Tools
-# ------------------------------------------------------------------------------------------------
+# ---- Tools --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -952,15 +802,15 @@ def test_runs_that_differ_in_seed_alone_are_one_row_with_mean_and_deviation(make
         runs.append(make_run(f"b{beta}-{seed}", "beta_vae.py", seed, beta=beta, test=terms))
     compare_runs.main([*runs, "--out", str(tmp_path)])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert lines[0].startswith("| model | seeds | recon | KL | ELBO | active units | probe % |")
+    assert lines[0] == "| model | seeds | recon | KL | ELBO | active units | probe % | 1000 MSE |"
     assert lines[2].startswith("| AE | 3 | 51.00 ± 1.00 |  |  |")
-    assert lines[3].startswith(
-        "| beta-VAE, beta 4 | 2 | 80.00 ± 0.00 | 11.50 ± 2.12 | -91.50 ± 2.12 | 3.0 ± 0.0 | 90.0 ±"
-    )
-    assert lines[4].startswith("| beta-VAE, beta 8 | 1 | 80.00 | 6.00 | -86.00 | 3.0 | 90.0 | 10.00 |")
+    row = "| beta-VAE, beta = 4 | 2 | 80.00 ± 0.00 | 11.50 ± 2.12 | -91.50 ± 2.12 | 3.0 ± 0.0 | 90.0 ±"
+    assert lines[3].startswith(row)
+    assert lines[4].startswith("| beta-VAE, beta = 8 | 1 | 80.00 | 6.00 | -86.00 | 3.0 | 90.0 | 10.00 |")
     assert lines[5] == "| PCA, 5 components |  |  |  |  |  | 80.0 | 20.00 |" and len(lines) == 7
     tex = (tmp_path / "comparison.tex").read_text()
-    assert r"$\beta$-VAE, $\beta$ 4 & 2 & $80.00 \pm 0.00$ & $11.50 \pm 2.12$" in tex and tex.count(r"\toprule") == 1
+    assert r"$\beta$-VAE, $\beta$ = 4 & $2$ & $80.00$ & $11.50$ & $-91.50$" in tex and tex.count(r"\toprule") == 1
+    assert r" & \scriptsize $\pm$0.00 & \scriptsize $\pm$2.12 & \scriptsize $\pm$2.12" in tex
     assert imread(tmp_path / "rate_distortion.png").std() > 0.01 and (tmp_path / "rate_distortion.pdf").exists()
 
 
@@ -982,14 +832,11 @@ def test_numbers_of_other_protocols_never_share_a_column(make_run, tmp_path, cap
 def test_what_is_no_finished_run_is_refused_in_one_line(make_run, tmp_path, capsys):
     good = make_run("good")
     for bad in (make_run("stopped", epochs=1, seed=5), make_run("twice"), str(tmp_path), str(tmp_path / "none")):
-        with pytest.raises(SystemExit) as refusal:
-            compare_runs.main([good, bad, "--out", str(tmp_path)])
-        error = capsys.readouterr().err
-        assert refusal.value.code == 2 and error.count("\n") == 1 and bad in error
+        assert bad in ends(compare_runs.main, [good, bad, "--out", tmp_path], capsys)
     assert not (tmp_path / "comparison.tex").exists()
 
 
-def test_both_loops_of_the_benchmark_train_and_report_their_rates():
+def test_both_loops_of_the_benchmark_train_and_report_their_rates(capsys):
     args = benchmark.default_args(f"--epochs 1 --limit 256 --hidden-dims 4 8 8 16 --data {ROOT / 'data'}")
     rate, memory = benchmark.textbook(args, torch.device("cpu"))
     our_rate, our_memory, seconds, loss = benchmark.ours(args, torch.device("cpu"), test_images=10)
@@ -1001,9 +848,4 @@ def test_both_loops_of_the_benchmark_train_and_report_their_rates():
     forward += 16 * 2 * (16 * 256 * 128 + 64 * 128 * 64 + 256 * 64 * 32) + 9 * 2 * 1024 * 32  # the decoder's
     forward += 2 * (2 * 1024 * 20 + 20 * 4096)  # the linear layers
     assert benchmark.count_flops(args) == 3 * forward - 16 * 2 * 256 * 32
-
-
-def test_the_benchmark_refuses_an_unknown_device(capsys):
-    with pytest.raises(SystemExit) as refusal:
-        benchmark.main(["--device", "gpu"])
-    assert refusal.value.code == 2 and "'gpu' is no device" in capsys.readouterr().err
+    assert "'gpu'" in ends(benchmark.main, ["--device", "gpu"], capsys)

@@ -10,9 +10,11 @@ are those of the second of two passes, loading and evaluation left out.
 
 import contextlib
 import io
+import math
 import multiprocessing
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +28,11 @@ from torchvision.transforms import ToTensor
 
 import common
 import vae
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 ROUNDS = 3
 TARGET = 105.6  # nats: test -ELBO of pytorch/examples' VAE after 10 epochs
@@ -42,11 +49,6 @@ def build(args, device):
     common.seed_epoch(args.seed, 0)
     encoder = common.Encoder(args.hidden_dims, args.latent_dim, "VAE").to(device)
     return encoder, common.Decoder(args.latent_dim, args.hidden_dims).to(device)
-
-
-def synchronize(device):
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def textbook(args, device):
@@ -67,7 +69,7 @@ def textbook(args, device):
             optimizer.step()
             total += loss.item()
         seconds = time.perf_counter() - start
-    return len(loader) * args.batch_size / seconds, common.peak_memory_mb(device)
+    return len(loader) * args.batch_size / seconds, peak_memory_mb(device)
 
 
 def ours(args, device, test_images=500):
@@ -79,7 +81,17 @@ def ours(args, device, test_images=500):
         history = common.train_model(encoder, decoder, data, vae.vae_loss, args, out)
     rate = args.limit // args.batch_size * args.batch_size / history[-1]["seconds"]
     seconds = sum(row["seconds"] for row in history)
-    return rate, common.peak_memory_mb(device), seconds, -history[-1]["test_elbo"]
+    return rate, peak_memory_mb(device), seconds, -history[-1]["test_elbo"]
+
+
+def peak_memory_mb(device):
+    """Peak memory in MiB: of the GPU's allocator on CUDA, else of the process; NaN on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
 
 
 def count_flops(args):
@@ -95,12 +107,10 @@ def matmul_rate(device, dtype):
     """Floating-point operations a second of a square matrix product."""
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
-    a @ a
-    synchronize(device)
+    (a @ a)[0, 0].item()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < 0.5:
-        a @ a
-        synchronize(device)
+        (a @ a)[0, 0].item()  # waits for the device
         count += 1
     return count * 2 * size**3 / (time.perf_counter() - start)
 
@@ -115,13 +125,11 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--data", metavar="DIR", default="data", help="folder that holds MNIST/raw/*.gz")
     flags = parser.parse_args(argv)
-    try:
+    with parser.refusing("--device"):
         device = common.pick_device(flags.device)
-    except ValueError as error:
-        parser.error(f"argument --device: {error}")
     limit = 1920 if device.type == "cpu" else 60_000  # seconds for either
     args = default_args(f"--epochs 2 --limit {limit} --data {flags.data}")
-    dtype, reason = common.pick_precision(device)
+    precision, reason = common.pick_precision(device)
     print(f"{common.device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
     rates = {"textbook": [], "train_model": []}
@@ -134,10 +142,9 @@ def main(argv=None):
     print(f"ratio {statistics.median(ratios):.2f} (median of {ROUNDS} pairs, {min(ratios):.2f} to {max(ratios):.2f})")
 
     flops = count_flops(args) * statistics.median(rates["train_model"])
-    print(f"train_model: {str(dtype).removeprefix('torch.')} ({reason}), {flops / 1e9:,.0f} GFLOP/s")
-    for kind in (torch.float32, torch.bfloat16):
-        rate = in_fresh_process(matmul_rate, device, kind)
-        name = str(kind).removeprefix("torch.")
+    print(f"train_model: {precision} ({reason}), {flops / 1e9:,.0f} GFLOP/s")
+    for name in ("float32", "bfloat16"):
+        rate = in_fresh_process(matmul_rate, device, getattr(torch, name))
         print(f"  {flops / rate:.2f} times the {rate / 1e9:,.0f} GFLOP/s of a {name} matrix product")
 
     args = default_args(f"--epochs {EPOCHS} --data {flags.data}")

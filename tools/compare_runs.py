@@ -4,6 +4,7 @@
 
 Runs that differ only in their seed become one row, mean and standard deviation over seeds. Runs
 whose numbers do not compare (other pixels, likelihood or split) get tables of their own.
+`comparison.tex` needs booktabs, and fits a column of 3.25 inches.
 """
 
 import json
@@ -11,22 +12,20 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import common
 
 MODELS = {"ae.py": "AE", "vae.py": "VAE", "beta_vae.py": "beta-VAE"}
-NOT_THE_MODEL = ("seed", "out", "overwrite", "resume", "data", "device", "script")
-COLUMNS = {  # metric: heading, decimals, factor
-    "recon": ("recon", 2, 1),
-    "kl": ("KL", 2, 1),
-    "elbo": ("ELBO", 2, 1),
-    "iw_bound": ("IW bound", 2, 1),
-    "active_units": ("active units", 1, 1),
-    "probe_accuracy": ("probe %", 1, 100),
-    "mse": ("1000 MSE", 2, 1000),
+NOT_THE_MODEL = ("seed", "out", "resume", "data", "device", "script")
+METRICS = {  # heading, the same in LaTeX, its unit there, decimals, factor
+    "recon": ("recon", "recon", "nats", 2, 1),
+    "kl": ("KL", "KL", "nats", 2, 1),
+    "elbo": ("ELBO", "ELBO", "nats", 2, 1),
+    "iw_bound": ("IW bound, K = {K}", r"$\mathcal{{L}}_{{{K}}}$", "nats", 2, 1),  # Burda et al.'s name for it
+    "active_units": ("active units", "active", "units", 1, 1),
+    "probe_accuracy": ("probe %", "probe", r"\%", 1, 100),
+    "mse": ("1000 MSE", "MSE", "$10^{-3}$", 2, 1000),
 }
 
 
@@ -55,10 +54,6 @@ def settings(run):
     return {"script": run["environment"]["script"], **args, "precision": run["environment"]["precision"]}
 
 
-def protocol(run):
-    return tuple((name, run["protocol"][name]) for name in ("pixels", "recon", "split"))
-
-
 def group_runs(runs):
     """{label: runs that differ only in seed}, the label naming the model and what sets it apart from its kind."""
     groups = defaultdict(list)
@@ -68,7 +63,7 @@ def group_runs(runs):
     groups.sort(key=lambda group: (list(MODELS).index(group[0]["script"]), group[0].get("beta", 0)))
     labelled = {}
     for own, members in groups:
-        label = MODELS[own["script"]] + (f", beta {own['beta']:g}" if "beta" in own else "")
+        label = MODELS[own["script"]] + (f", beta = {own['beta']:g}" if "beta" in own else "")
         kind = [other for other, _ in groups if other["script"] == own["script"]]
         for name, value in own.items():
             if name not in ("script", "beta") and any(other.get(name) != value for other in kind):
@@ -78,102 +73,107 @@ def group_runs(runs):
 
 
 def table(groups):
-    """Header and rows of cells. A cell is None, a number as text, or (mean, standard deviation) as texts."""
+    """Columns, each (metric, K, heading, LaTeX heading, unit, decimals, factor), and rows (label, seeds, cells).
+
+    A cell is the values of a row's runs as texts: none, one, or their mean and standard deviation.
+    """
     runs = [run for members in groups.values() for run in members]
-    columns = []  # (heading, decimals, factor, value of a run)
-    for metric, (heading, decimals, factor) in COLUMNS.items():
+    columns = []
+    for metric, (heading, tex, *rest) in METRICS.items():
         # Bounds of other numbers of samples are other quantities: a column each.
-        ks = sorted({run["protocol"]["K"] for run in runs if metric in run["test"]}) if metric == "iw_bound" else [None]
-        for k in ks:
-            name = f"{heading}, K = {k}" if k else heading
-            columns.append((name, metric, k, decimals, factor))
-    columns = [column for column in columns if any(column[1] in run["test"] for run in runs)]
-    rows = []
-    for label, members in groups.items():
-        row = [label, str(len(members))]
-        for _, metric, k, decimals, factor in columns:
-            use = [run for run in members if metric in run["test"] and k in (None, run["protocol"]["K"])]
-            row.append(cell([factor * run["test"][metric] for run in use], decimals))
-        rows.append(row)
-    for label, names in baselines(runs).items():
-        row = [label, None]
-        row += [cell([names[metric] * factor] if metric in names else [], n) for _, metric, _, n, factor in columns]
-        rows.append(row)
-    return ["model", "seeds", *(column[0] for column in columns)], rows
+        ks = {run["protocol"]["K"] if metric == "iw_bound" else None for run in runs if metric in run["test"]}
+        columns += [(metric, k, heading.format(K=k), tex.format(K=k), *rest) for k in sorted(ks, key=str)]
+
+    def cells(tests):  # [(K, metrics of a run)]
+        for metric, k, _, _, _, decimals, factor in columns:
+            values = [factor * test[metric] for own, test in tests if metric in test and k in (None, own)]
+            spread = [statistics.stdev(values)] if len(values) > 1 else []
+            yield [f"{value:.{decimals}f}" for value in ([statistics.mean(values), *spread] if values else [])]
+
+    rows = [
+        (label, len(members), list(cells([(run["protocol"]["K"], run["test"]) for run in members])))
+        for label, members in groups.items()
+    ]
+    for run in {run["args"]["latent_dim"]: run for run in runs}.values():
+        test = {"probe_accuracy": run["test"]["pca_probe_accuracy"], "mse": run["test"]["pca_mse"]}
+        rows.append((f"PCA, {run['args']['latent_dim']} components", "", list(cells([(None, test)]))))
+    test = {"probe_accuracy": runs[0]["test"]["pixel_probe_accuracy"]}
+    return columns, [*rows, ("raw pixels", "", list(cells([(None, test)])))]
 
 
-def baselines(runs):
-    """{label: metrics} of PCA with as many components as the runs have latents, and of raw pixels."""
-    rows = {}
-    for run in runs:
-        test = run["test"]
-        rows[f"PCA, {run['args']['latent_dim']} components"] = {
-            "probe_accuracy": test["pca_probe_accuracy"],
-            "mse": test["pca_mse"],
-        }
-    rows["raw pixels"] = {"probe_accuracy": runs[0]["test"]["pixel_probe_accuracy"]}
-    return rows
+def markdown(columns, rows):
+    lines = [["model", "seeds", *(heading for _, _, heading, *_ in columns)], ["---"] + ["---:"] * (len(columns) + 1)]
+    lines += [[label, str(seeds), *(" ± ".join(cell) for cell in cells)] for label, seeds, cells in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell(values, decimals):
-    if not values:
-        return None
-    mean = f"{statistics.mean(values):.{decimals}f}"
-    return (mean, f"{statistics.stdev(values):.{decimals}f}") if len(values) > 1 else mean
+def latex(columns, rows, protocol):
+    """A table of one column's width: standard deviations below their means, what else names a run below its model."""
+    counts = {seeds for _, seeds, _ in rows if seeds}
+    spread = any(len(cell) > 1 for _, _, cells in rows for cell in cells)
+    caption = f"MNIST, {protocol['pixels']} pixels" + (", mean and standard deviation over " if spread else ", ")
+    if len(counts) == 1:
+        caption += f"{min(counts)} seed{'s' * spread}."
+    else:
+        caption += "seeds ($n$)."
+        columns = [(None, None, None, "$n$", "", 0, 1), *columns]
+        rows = [(label, seeds, [[str(seeds)] if seeds else [], *cells]) for label, seeds, cells in rows]
+
+    def small(text):
+        return rf"\scriptsize {text}" if text else ""
+
+    heads = [[small(column[i]) for column in columns] for i in (3, 4)]
+    lines = [["", *heads[0]], ["", *heads[1]], r"\midrule"]
+    for label, _, cells in rows:
+        label = label.replace("_", " ").replace("beta = ", r"$\beta$ = ").replace("beta-", r"$\beta$-")
+        parts = label.split(", ")
+        name = ", ".join(parts[: 2 if r"$\beta$ = " in label else 1])
+        lines.append([name, *(f"${cell[0]}$" if cell else "" for cell in cells)])
+        below = [small(rf"$\pm${cell[1]}") if len(cell) > 1 else "" for cell in cells]
+        more = label.removeprefix(name).removeprefix(", ")
+        if more or any(below):
+            lines.append([small(more), *below])
+    body = [line if isinstance(line, str) else " & ".join(line) + r" \\" for line in lines]
+    begin = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{caption}}}",
+        r"\footnotesize",
+        r"\setlength{\tabcolsep}{2pt}",
+    ]
+    begin += [rf"\begin{{tabular}}{{@{{}}l{'r' * len(columns)}@{{}}}}", r"\toprule"]
+    return "\n".join([*begin, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
 
-def markdown(header, rows):
-    def text(content):
-        return " ± ".join(content) if isinstance(content, tuple) else content or ""
-
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines)
-
-
-def latex(header, rows, caption):
-    def text(content):
-        if isinstance(content, tuple):
-            return rf"${content[0]} \pm {content[1]}$"
-        content = (content or "").replace("%", r"\%").replace("_", r"\_").replace("beta", r"$\beta$")
-        return f"${content}$" if content.startswith("-") else content
-
-    head, *body = (" & ".join(map(text, row)) + r" \\" for row in [header, *rows])
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{text(caption)}}}"]
-    lines += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", head, r"\midrule", *body]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
-
-
-@matplotlib.rc_context(common.STYLE)
 def plot_rate_distortion(tables, out):
     """KL against recon, a marker a run, a panel a protocol; along a grey line the ELBO is the same."""
     panels = {key: groups for key, groups in tables.items() if any("kl" in run[0]["test"] for run in groups.values())}
     if not panels:
         return
-    figure = Figure(figsize=(common.WIDTH, 0.8 * common.WIDTH * len(panels)), layout="constrained")
     plain = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
-    for ax, (key, groups) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
-        points = {
-            label: [(run["test"]["kl"], run["test"]["recon"]) for run in members]
-            for label, members in groups.items()
-            if "kl" in members[0]["test"]
-        }
-        ax.margins(0.15)
-        for label, own in points.items():
-            ax.plot(*zip(*own), "o", color="C0" if label.startswith("VAE") else "C1", markersize=3, markeredgewidth=0)
-        (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-        for label, own in points.items():
-            x, y = own[0]
-            side = 1 if x < (left + right) / 2 else -1  # towards the middle, where there is room
-            where = {"xytext": (5 * side, 4 * side), "ha": "left" if side == 1 else "right", "va": "center"}
-            ax.annotate(label, (x, y), textcoords="offset points", fontsize=6, bbox=plain, **where)
-        for total in MaxNLocator(6).tick_values(left + bottom, right + top):
-            ax.axline((left, total - left), slope=-1, color="0.8", linewidth=0.5, zorder=0)
-            if bottom < total - right < top:  # where the line leaves the panel
-                ax.annotate(f" $-{total:g}$", (right, total - right), color="0.5", fontsize=5, va="center")
-        ax.set(xlim=(left, right), ylim=(bottom, top))
-        ax.set(xlabel="rate: KL (nats per image)", ylabel="distortion: recon (nats per image)")
-        ax.set_title(f"{dict(key)['pixels']} pixels; along a grey line the ELBO is the same")
-    common.save_figure(figure, out, "rate_distortion")
+    with common.new_figure(out, "rate_distortion", 0.8 * common.WIDTH * len(panels)) as figure:
+        for ax, (key, groups) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
+            points = {
+                label: [(run["test"]["kl"], run["test"]["recon"]) for run in members]
+                for label, members in groups.items()
+                if "kl" in members[0]["test"]
+            }
+            ax.margins(0.15)
+            for label, own in points.items():
+                colour = "C0" if label.startswith("VAE") else "C1"
+                ax.plot(*zip(*own), "o", color=colour, markersize=3, markeredgewidth=0)
+            (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+            for label, own in points.items():
+                side = 1 if own[0][0] < (left + right) / 2 else -1  # towards the middle, where there is room
+                where = {"xytext": (5 * side, 4 * side), "ha": "left" if side == 1 else "right", "va": "center"}
+                ax.annotate(label, own[0], textcoords="offset points", fontsize=6, bbox=plain, **where)
+            for total in MaxNLocator(6).tick_values(left + bottom, right + top):
+                ax.axline((left, total - left), slope=-1, color="0.8", linewidth=0.5, zorder=0)
+                if bottom < total - right < top:  # where the line leaves the panel
+                    ax.annotate(f" $-{total:g}$", (right, total - right), color="0.5", fontsize=5, va="center")
+            ax.set(xlim=(left, right), ylim=(bottom, top))
+            ax.set(xlabel="rate: KL (nats per image)", ylabel="distortion: recon (nats per image)")
+            ax.set_title(f"{dict(key)['pixels']} pixels; along a grey line the ELBO is the same")
 
 
 def main(argv=None):
@@ -187,23 +187,21 @@ def main(argv=None):
 
     by_protocol = defaultdict(list)
     for run in runs:
-        by_protocol[protocol(run)].append(run)
+        by_protocol[tuple((name, run["protocol"][name]) for name in ("pixels", "recon", "split"))].append(run)
     tables = {key: group_runs(members) for key, members in by_protocol.items()}
     for name in ("pixels", "recon", "split"):
         values = sorted({dict(key)[name] for key in tables})
         if len(values) > 1:
             print(f"Not comparable, so in tables apart: {name} is {' / '.join(values)}.\n")
-    text, tex = [], []
+    tex = []
     for key, groups in tables.items():
-        header, rows = table(groups)
-        caption = "{pixels} pixels; {recon}; {split}. Nats per image, mean and standard deviation over seeds."
-        caption = "MNIST, " + caption.format(**dict(key))
-        text.append(f"{caption}\n\n{markdown(header, rows)}\n")
-        tex.append(latex(header, rows, caption))
+        columns, rows = table(groups)
+        print("MNIST, {pixels} pixels; {recon}; {split}. Nats per image.\n".format(**dict(key)))
+        print(markdown(columns, rows) + "\n")
+        tex.append(latex(columns, rows, dict(key)))
     with common.replacing(Path(args.out) / "comparison.tex") as beside:
         beside.write_text("\n".join(tex))
     plot_rate_distortion(tables, args.out)
-    print("\n".join(text))
 
 
 if __name__ == "__main__":
