@@ -48,7 +48,8 @@ def main(argv=None):
         history = common.train_model(encoder, decoder, data, loss_fn, args, out)
 
         mu, _ = common.encode(encoder, images)
-        test = common.representation_metrics(encoder, decoder, data, mu, args)
+        train_mu, _ = common.encode(encoder, data.train_images)
+        test = common.representation_metrics(decoder, data, train_mu, mu, args)
         common.save_metrics(encoder, decoder, data, test, history, args, out)
         common.plot_loss_curves(history, {"recon": "reconstruction"}, out)
         common.plot_reconstructions(decoder, mu, images, labels, out)
@@ -56,7 +57,7 @@ def main(argv=None):
         samples = decode_grid(decoder, sample_codes(mu, 100).view(10, 10, -1))
         common.plot_grid(samples, out, "samples", "Samples of a Gaussian fitted to the codes: an AE has no prior")
         common.plot_interpolations(decoder, mu, labels, out)
-        common.plot_latent_space(mu, labels, out)
+        common.plot_latent_space(train_mu, data.train_labels, mu, labels, out)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ import io
 import json
 import math
 import os
-import platform
-import re
 import shutil
 import sys
 import tempfile
 import time
 from collections import defaultdict, namedtuple
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from torch import nn
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity
@@ -61,24 +61,20 @@ def load_mnist(root, device="cpu", limit=None, binarize=False):
     with tempfile.TemporaryDirectory() as private:
         unpacked = Path(private) / "MNIST" / "raw"
         unpacked.mkdir(parents=True)
-        for name, _ in MNIST.resources:
-            if name not in absent:
-                shutil.copy(raw / name, unpacked)
+        for name in {name for name, _ in MNIST.resources} - set(absent):
+            shutil.copy(raw / name, unpacked)
         try:
             train, test = (MNIST(private, train, download=True) for train in (True, False))
         except (OSError, RuntimeError) as error:
-            names = ", ".join(absent) or "MNIST"
-            raise RuntimeError(
-                f"{names}: missing or damaged in {raw}, and no download; put the original there"
-            ) from error
+            names = f"{', '.join(absent) or 'MNIST'}: missing or damaged in {raw}"
+            raise RuntimeError(f"{names}, and no download; put the original there") from error
         for name in absent:
             raw.mkdir(parents=True, exist_ok=True)
             with replacing(raw / name) as beside:
                 shutil.copy(unpacked / name, beside)
     test_images = binarise(test.data) if binarize else test.data
-    images = (train.data[:limit, None], test_images[:, None])  # (N, 28, 28) -> (N, 1, 28, 28)
-    train_images, test_images = (part.to(device) for part in images)
-    return Mnist(train_images, train.targets[:limit].to(device), test_images, test.targets.to(device))
+    parts = train.data[:limit, None], train.targets[:limit], test_images[:, None], test.targets  # (N, 1, 28, 28), (N,)
+    return Mnist(*(part.to(device) for part in parts))
 
 
 def to_pixels(images):
@@ -214,7 +210,7 @@ def pick_precision(device, wanted="auto"):
     """The precision of the training step on `device` for a --precision value, and why."""
     if wanted != "auto":
         return {"fp32": "float32", "bf16": "bfloat16"}[wanted], "as asked"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):  # of this card, not the first
         return "bfloat16", "native"
     if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
         return "bfloat16", "native: AMX"
@@ -245,40 +241,35 @@ def learning_rate(step, total_steps, peak):
 
 
 def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
-    """Train on data.train_images with Adam; after each epoch test, and write history and checkpoint.
+    """Train on data.train_images with Adam; after each epoch test, and write history and checkpoint to `out`.
 
-    With args.resume, goes on from the checkpoint in `out`, if there is one.
-
-    encoder, decoder: on the device of `data`.
-    loss_fn(encoder, decoder, x): x (B, 1, 28, 28) in [0, 1]; returns the loss and its named terms,
-        scalars in nats per image.
-    args: epochs, batch_size, lr, seed, precision, binarize, resume, and what else the checkpoint
-        shall remember.
-    progress: a scalar tensor to keep at the share of the training done, 0 to 1, for a loss that
-        changes in its course.
-    Returns the history, one dict an epoch; its seconds are those of the training steps alone. After
-    Ctrl-C that and the models are the last checkpoint's, or KeyboardInterrupt is raised if there is none.
+    loss_fn(encoder, decoder, x): x (B, 1, 28, 28) in [0, 1]; returns the loss and its named terms, nats per image.
+    args: epochs, batch_size, lr, seed, precision, binarize, resume (goes on from the checkpoint in `out`, if any).
+    progress: a scalar tensor to keep at the share of the training done, for a loss that changes in its course.
+    Returns the history, one dict an epoch; its seconds are those of the training steps alone. After Ctrl-C that
+    and the models are the last checkpoint's; KeyboardInterrupt is raised if there is none.
     Raises FloatingPointError at the end of an epoch with a loss or term that is not finite.
     """
     images, device = data.train_images, data.train_images.device
-    precision, reason = pick_precision(device, args.precision)
-    print(f"{device_name(device)}, {precision} ({reason}), writing to {out}")
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, not rounded to TensorFloat-32
+    on_cuda, narrow = device.type == "cuda", pick_precision(device, args.precision)[0] == "bfloat16"
+    torch.set_float32_matmul_precision("highest")  # float32 is float32, not rounded to TensorFloat-32,
+    torch.backends.cudnn.allow_tf32 = False  # in convolutions too
+    if on_cuda:
+        torch.cuda.set_device(device)  # of several: streams and graphs are the current one's
     if device.type == "cpu":
         keep_freed_memory()
-
-    # channels_last is the layout that convolution kernels want: no reorder around each of them.
-    encoder.to(memory_format=torch.channels_last)
-    decoder.to(memory_format=torch.channels_last)
+    if device.type != "mps":  # whose kernels are slower so, and were wrong at times (pytorch#143196)
+        # channels_last is the layout that convolution kernels want: no reorder around each of them.
+        encoder.to(memory_format=torch.channels_last)
+        decoder.to(memory_format=torch.channels_last)
     parameters = [*encoder.parameters(), *decoder.parameters()]
-    on_cuda = device.type == "cuda"
     # A CUDA graph reads what changes from step to step out of tensors, so there Adam keeps its rate in one.
     rate = torch.tensor(args.lr, device=device) if on_cuda else args.lr
-    optimizer = torch.optim.Adam(parameters, lr=rate, fused=device.type != "mps", capturable=on_cuda)
+    optimizer = torch.optim.Adam(parameters, lr=rate, fused=True, capturable=on_cuda)
     history = restore(encoder, decoder, optimizer, out) if args.resume else []
 
     steps = len(images) // args.batch_size  # full batches only
-    index = torch.empty(args.batch_size, dtype=torch.int64, device=device)  # of the step's images
+    index = torch.zeros(args.batch_size, dtype=torch.int64, device=device)  # of the step's images
     progress = torch.zeros((), device=device) if progress is None else progress
     totals = defaultdict(lambda: torch.zeros((), device=device))  # on the device: reading them would stall each step
 
@@ -286,7 +277,7 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
         x = to_pixels(images[index])
         if args.binarize:
             x = torch.bernoulli(x)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16) if narrow else contextlib.nullcontext():
             loss, terms = loss_fn(encoder, decoder, x)
         optimizer.zero_grad()
         loss.backward()
@@ -294,8 +285,10 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
         for name, term in {"loss": loss, **terms}.items():
             totals[name] += term.detach()
 
-    step_once = as_cuda_graph(training_step, device) if on_cuda else training_step
     try:
+        step_once = training_step
+        if on_cuda and len(history) < args.epochs:
+            step_once = as_cuda_graph(training_step, parameters, optimizer)
         for epoch in range(len(history) + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
             start = time.perf_counter()
@@ -311,13 +304,14 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
                 progress.fill_(done / (args.epochs * steps))
                 index.copy_(batch)
                 step_once()
-                if step % 50 == 49:
+                if step % 50 == 49 and sys.stdout.isatty():
+                    totals["loss"].item()  # waits for the device, which may have only queued the steps
                     show_progress(history, epoch, args, step + 1, steps, time.perf_counter() - start)
             train = {f"train_{name}": value.item() / steps for name, value in totals.items()}  # waits for the device
             elapsed = time.perf_counter() - start
             progress.fill_(epoch / args.epochs)
             test = evaluate(encoder, decoder, data.test_images, loss_fn)
-            terms = {**train, **{f"test_{name}": value for name, value in test.items()}}
+            terms = train | {f"test_{name}": value for name, value in test.items()}
             for name, value in terms.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{name} is {value} in epoch {epoch}: try an --lr below {args.lr:g}")
@@ -331,30 +325,37 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     return history
 
 
-def as_cuda_graph(step, device, warm_up=3):
+def as_cuda_graph(step, parameters, optimizer):
     """`step` as one CUDA graph: a replay is one launch, where the step's own hundreds would bound its speed.
 
-    The first calls run as they are on a side stream, as capture asks for: libraries start, Adam makes its state.
     A replay reads the same tensors anew, the learning rate's too, and draws new random numbers after any seeding.
+    The steps that capture asks for first, in which libraries start and Adam makes its state, are taken back.
+    Where capture fails one line says so, and `step` itself comes back.
     """
-    torch.cuda.set_device(device)
-    graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
-
-    def call():
-        nonlocal calls
-        calls += 1
-        if calls <= warm_up:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                step()
-            torch.cuda.current_stream().wait_stream(side)
-            return
-        if calls == warm_up + 1:
-            with torch.cuda.graph(graph):
+    weights = [parameter.detach().clone() for parameter in parameters]
+    states = {key: {name: value.clone() for name, value in state.items()} for key, state in optimizer.state.items()}
+    generator = torch.cuda.default_generators[parameters[0].device.index]
+    random_state = generator.clone_state()
+    graph, side, graphed = torch.cuda.CUDAGraph(), torch.cuda.Stream(), step
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # and back to the current one, however the capture ends
+        for _ in range(3):
+            step()
+        try:
+            with torch.cuda.graph(graph, stream=side):
                 step()  # recorded, not run
-        graph.replay()
-
-    return call
+            graphed = graph.replay
+        except RuntimeError as error:
+            generator.graphsafe_set_state(random_state)  # a broken capture leaves it unusable
+            reason = str(error.__context__ or error).splitlines()[0]
+            print(f"no CUDA graph, so training is slower: {reason}")
+    torch.cuda.synchronize()
+    with torch.no_grad():
+        for parameter, weight in zip(parameters, weights):
+            parameter.copy_(weight)
+            for name, value in optimizer.state[parameter].items():
+                value.copy_(states[parameter][name] if parameter in states else torch.zeros_like(value))
+    return graphed
 
 
 def show_progress(history, epoch, args, done, steps, elapsed):
@@ -393,18 +394,14 @@ def evaluate(encoder, decoder, images, loss_fn):
 
 
 @torch.inference_mode()
-def encode(encoder, images):
-    """The codes (mu, logvar) of images (N, 1, 28, 28) uint8, each (N, latent_dim) float32.
+def encode(encoder, images, binarize=False):
+    """The codes (mu, logvar) of images (N, 1, 28, 28) uint8, drawn first if `binarize`: (N, latent_dim) float32 each.
 
     An AE trains no logvar: its second value means nothing.
     """
+    images = binarise(images) if binarize else images
     features = [encoder.features(to_pixels(batch)) for batch in images.split(EVAL_BATCH)]
     return tuple(torch.cat([head(h) for h in features]) for head in (encoder.fc_mean, encoder.fc_logvar))
-
-
-def active_units(mu):
-    """How many latents respond to the image: those with Var_x(mu) > 0.01, mu (N, latent_dim). Burda et al. (2016)."""
-    return (mu.var(dim=0) > 0.01).sum().item()
 
 
 @torch.inference_mode()
@@ -414,25 +411,20 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
         E[log 1/k sum_i w_i],    w_i = p(x|z_i) p(z_i) / q(z_i|x),    z_i ~ q(z|x)
 
     mu, logvar: (N, latent_dim), the codes of uint8 images (N, 1, 28, 28). kind: see `reconstruction_term`.
-    With k = 1 its expectation is the ELBO. Memory does not grow with k.
+    With k = 1 its expectation is the ELBO. Memory hardly grows with k: by a number an image and sample.
     """
     torch.manual_seed(EVAL_SEED)
-    per_pass = min(k, 10)  # samples of an image at a time
+    size = 2500 if images.device.type == "cuda" else EVAL_BATCH  # images at a time
     total, done, start = 0, 0, time.perf_counter()
-    parts = (tensor.split(EVAL_BATCH // per_pass) for tensor in (mu, logvar, images))
-    for mean, log_variance, batch in zip(*parts):
-        x = to_pixels(batch)
-        log_sum = torch.full_like(mean[:, 0], -math.inf)  # (B,): log of the sum of weights so far
-        for first in range(0, k, per_pass):
-            samples = min(per_pass, k - first)
-            eps = torch.randn(samples, *mean.shape, device=mean.device)
-            z = mean + eps * (0.5 * log_variance).exp()  # (samples, B, latent_dim)
-            logits = decoder.logits(z.flatten(0, 1))  # (samples * B, 1, 28, 28)
-            recon = reconstruction_term(logits, x.repeat(samples, 1, 1, 1), kind).view(samples, -1)
+    for mean, log_variance, batch in zip(*(tensor.split(size) for tensor in (mu, logvar, images))):
+        x, log_w = to_pixels(batch), []
+        for _ in range(k):
+            eps = torch.randn_like(mean)
+            z = mean + eps * (0.5 * log_variance).exp()  # (B, latent_dim)
             # log p(z) - log q(z|x), over latents; their log(2 pi) cancel
-            log_ratio = 0.5 * (eps.square() + log_variance - z.square()).sum(dim=2)
-            log_sum = torch.logaddexp(log_sum, (log_ratio - recon).logsumexp(dim=0))  # over samples
-        total += (log_sum - math.log(k)).sum()
+            log_ratio = 0.5 * (eps.square() + log_variance - z.square()).sum(dim=1)
+            log_w.append(log_ratio - reconstruction_term(decoder.logits(z), x, kind))  # (B,)
+        total += (torch.stack(log_w).logsumexp(dim=0) - math.log(k)).sum()  # over samples; over images
         done += len(batch)
         left = (time.perf_counter() - start) / done * (len(images) - done)
         line = f"bound of {k} samples: {done}/{len(images)} images, {left:.0f} s left"
@@ -442,10 +434,8 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
 
 def probe_accuracy(train_codes, train_labels, codes, labels):
     """Share of `codes` (N, D) whose label a linear probe finds: ridge regression to one-hot labels, then argmax."""
-    tensors = (train_codes, train_labels, codes, labels)
-    train_codes, train_labels, codes, labels = (tensor.cpu() for tensor in tensors)  # not every accelerator can solve
-    mean = train_codes.mean(dim=0)
-    y = F.one_hot(train_labels, 10).float()  # (N, 10)
+    train_codes, codes, labels = train_codes.cpu(), codes.cpu(), labels.cpu()  # not every accelerator can solve
+    mean, y = train_codes.mean(dim=0), F.one_hot(train_labels.cpu(), 10).float()  # (D,), (N, 10)
     scatter = train_codes.T @ train_codes - len(y) * mean.outer(mean)  # (D, D), of the centred codes
     penalty = 1e-3 * len(y) * torch.eye(len(mean))
     weights = torch.linalg.solve(scatter + penalty, train_codes.T @ (y - y.mean(dim=0)))  # (D, 10)
@@ -454,32 +444,31 @@ def probe_accuracy(train_codes, train_labels, codes, labels):
 
 
 @torch.inference_mode()
-def representation_metrics(encoder, decoder, data, mu, args):
+def representation_metrics(decoder, data, train_mu, mu, args):
     """What the test codes mu (N, latent_dim) keep of the images, beside PCA with as many components and raw pixels."""
     parts = zip(mu.split(EVAL_BATCH), data.test_images.split(EVAL_BATCH))
     squares = sum((decoder(code) - to_pixels(batch)).square().sum() for code, batch in parts)
     train_images = binarise(data.train_images) if args.binarize else data.train_images
-    train_mu, _ = encode(encoder, train_images)
     train_pixels, pixels = (to_pixels(images.cpu()).flatten(1) for images in (train_images, data.test_images))
     mean = train_pixels.mean(dim=0)
     train_pixels -= mean
     pixels -= mean
     _, directions = torch.linalg.eigh(train_pixels.T @ train_pixels)  # (784, 784), columns in ascending order
     directions = directions[:, -args.latent_dim :]  # (784, latent_dim)
-    train_pca, pca = train_pixels @ directions, pixels @ directions  # (N, latent_dim)
-    labels = data.train_labels, data.test_labels
+    pca = pixels @ directions  # (N, latent_dim)
+    probe = partial(probe_accuracy, train_labels=data.train_labels, labels=data.test_labels)
     return {
         "mse": squares.item() / data.test_images.numel(),
         "pca_mse": (pca @ directions.T - pixels).square().mean().item(),
-        "probe_accuracy": probe_accuracy(train_mu, labels[0], mu, labels[1]),
-        "pca_probe_accuracy": probe_accuracy(train_pca, labels[0], pca, labels[1]),
-        "pixel_probe_accuracy": probe_accuracy(train_pixels, labels[0], pixels, labels[1]),
+        "probe_accuracy": probe(train_mu, codes=mu),
+        "pca_probe_accuracy": probe(train_pixels @ directions, codes=pca),
+        "pixel_probe_accuracy": probe(train_pixels, codes=pixels),
     }
 
 
 # ---- Figures -----------------------------------------------------------------------------------
 
-WIDTH = 3.4  # inches: one column of a two-column paper
+WIDTH = 3.25  # inches: fits the columns of ICML, ACM and IEEE unscaled
 STYLE = {
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "figure.labelsize"), 7),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 6),
@@ -497,26 +486,32 @@ DIGIT_COLOURS = "#CC6677 #332288 #DDCC77 #117733 #88CCEE #882255 #44AA99 #999933
 
 
 @contextlib.contextmanager
-def new_figure(out, name, height, layout="constrained"):
-    """Yields a figure of one column's width and `height` inches to draw on; saves it to `out` as PNG and PDF."""
+def new_figure(out, name, title, height, layout="constrained"):
+    """Yields a figure of one column's width and `height` inches to draw on, then saves it to `out`.
+
+    The PDF, for a paper, goes without the title, which is its caption's matter; the PNG, to look at, has it.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout=layout)
         yield figure
-        for suffix in ("png", "pdf"):
-            with replacing(Path(out) / f"{name}.{suffix}") as beside:
-                figure.savefig(beside, format=suffix)
+        with replacing(Path(out) / f"{name}.pdf") as beside:
+            figure.savefig(beside, format="pdf")
+        figure.set_figheight(height + 0.14 * (title.count("\n") + 1))
+        figure.axes[0].set_title(title)
+        with replacing(Path(out) / f"{name}.png") as beside:
+            figure.savefig(beside, format="png")
 
 
-def plot_grid(images, out, name, title, row_labels=(), column_labels=(), xlabel=""):
+def plot_grid(images, out, name, title, row_labels=(), column_labels=(), xlabel="", ylabel=""):
     """Draw images (rows, columns, 28, 28) in [0, 1] edge to edge, with a label a row and a column."""
     rows, columns = images.shape[:2]
     tiled = images.permute(0, 2, 1, 3).reshape(rows * 28, columns * 28)  # (rows * 28, columns * 28)
-    cell = (WIDTH - (0.7 if row_labels else 0)) / columns  # inches
-    lines = title.count("\n") + 1 + bool(column_labels) + bool(xlabel)
-    with new_figure(out, name, rows * cell + 0.16 * lines + 0.1, "compressed") as figure:
+    cell = (WIDTH - 0.05 - 0.6 * bool(row_labels) - 0.15 * bool(ylabel)) / columns  # inches
+    height = rows * cell + 0.05 + 0.13 * (bool(column_labels) + bool(xlabel))
+    with new_figure(out, name, title, height, "compressed") as figure:
         ax = figure.add_subplot()
         ax.imshow(tiled.cpu().numpy(), vmin=0, vmax=1, interpolation="none")
-        ax.set(title=title, xlabel=xlabel)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.set_yticks([28 * row + 14 for row in range(len(row_labels))], row_labels)
         ax.set_xticks([28 * column + 14 for column in range(len(column_labels))], column_labels)
         ax.tick_params(length=0)
@@ -552,59 +547,71 @@ def plot_interpolations(decoder, mu, labels, out, steps=11):
 
 
 def plot_loss_curves(history, terms, out):
-    """One panel a term, train and test, over epochs; `terms` maps the history's names to titles.
+    """One panel a term, train and test, over epochs; `terms` maps the history's names to labels.
 
-    The axes fit the epochs after the first tenth, the warm-up: beside its fall the rest would be a flat line.
+    The first tenth of the epochs, the warm-up, is left out: beside its fall the rest would be a flat line.
     """
-    epochs = [row["epoch"] for row in history]
-    warmup = len(history) // 10
-    with new_figure(out, "loss_curves", max(0.6 * WIDTH, 0.4 + 1.1 * len(terms))) as figure:
+    shown = history[len(history) // 10 :]
+    with new_figure(out, "loss_curves", "Losses", max(0.6 * WIDTH, 0.4 + len(terms))) as figure:
         axes = figure.subplots(len(terms), sharex=True, squeeze=False)[:, 0]
-        for ax, (name, title) in zip(axes, terms.items()):
+        for ax, (name, label) in zip(axes, terms.items()):
             for split in ("train", "test"):
-                ax.plot(epochs, [row[f"{split}_{name}"] for row in history], marker=".", markersize=3, label=split)
-            shown = [row[f"{split}_{name}"] for split in ("train", "test") for row in history[warmup:]]
-            margin = 0.05 * (max(shown) - min(shown)) + 1e-9
-            ax.set(title=title, ylim=(min(shown) - margin, max(shown) + margin))
-        figure.supylabel("nats per image")
-        axes[-1].set_xlabel("epoch" + (f" (the axes fit those from {warmup + 1} on)" if warmup else ""))
+                values = [row[f"{split}_{name}"] for row in shown]
+                ax.plot([row["epoch"] for row in shown], values, marker=".", markersize=3, label=split)
+            ax.set_ylabel(f"{label}\n(nats per image)")
+        axes[-1].set_xlabel("epoch")
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+        axes[0].legend(ncols=2, frameon=False)
 
 
-def plot_latent_space(mu, labels, out):
-    """Scatter of codes mu (N, latent_dim) by digit: the plane itself, or two principal components."""
-    mu = mu.cpu()  # not every accelerator has an SVD
-    if mu.shape[1] == 2:
-        points, axis_labels = mu, ["$\\mu_0$", "$\\mu_1$"]
-    else:
-        centred = mu - mu.mean(dim=0)
-        _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
-        points = centred @ directions[:2].T
-        explained = singular.square() / singular.square().sum()
-        axis_labels = [f"principal component {i + 1} of $\\mu$ ({explained[i]:.0%})" for i in range(2)]
-    points, labels = points.T.numpy(), labels.tolist()
-    with new_figure(out, "latent_space", 0.88 * WIDTH) as figure:
+def linear_discriminants(codes, labels):
+    """The two directions (latent_dim, 2) along which digits differ most, beside their own spread: Fisher (1936).
+
+    codes: (N, latent_dim), labels: (N,). Dead latents, or fewer codes than latents, give finite directions too.
+    """
+    codes, y = codes.cpu().double(), F.one_hot(labels.cpu(), 10).double()  # not every accelerator has float64
+    means = y @ (y.T @ codes / y.sum(dim=0).clamp(min=1)[:, None])  # (N, latent_dim): of each code's digit
+    within, between = codes - means, means - codes.mean(dim=0)
+    variance, axes = torch.linalg.eigh(within.T @ within / len(codes))
+    whiten = axes / (variance + 1e-6 * variance.mean() + 1e-9).sqrt()  # (latent_dim, latent_dim): to unit spread
+    _, directions = torch.linalg.eigh((between @ whiten).T @ (between @ whiten))  # columns in ascending order
+    directions = (whiten @ directions).flip(1)[:, :2]
+    return F.pad(directions, (0, 2 - directions.shape[1])).float()  # of a single latent the second is zero
+
+
+def plot_latent_space(train_mu, train_labels, mu, labels, out):
+    """Scatter of test codes mu (N, latent_dim) by digit: the plane itself, or two linear discriminants of train_mu."""
+    points, labels = mu.cpu(), labels.cpu()
+    axes, title = ["$\\mu_0$", "$\\mu_1$"], "Codes of the test images"
+    if mu.shape[1] != 2:  # the KL makes a VAE's active latents alike, so that principal components show nothing
+        points = (points - train_mu.cpu().mean(dim=0)) @ linear_discriminants(train_mu, train_labels)
+        axes = [f"{rank} linear discriminant of $\\mu$" for rank in ("first", "second")]
+        title += ", along the two\nlinear discriminants of the training codes"
+    with new_figure(out, "latent_space", title, 0.9 * WIDTH) as figure:
         ax = figure.add_subplot()
         # In the test set's order, so that no digit is drawn on top of all others; a bitmap in the PDF too.
-        ax.scatter(*points, s=1, linewidths=0, c=[DIGIT_COLOURS[label] for label in labels], rasterized=True)
+        colours = [DIGIT_COLOURS[label] for label in labels]
+        ax.scatter(*points.T.numpy(), s=1.5, linewidths=0, c=colours, rasterized=True)
+        halo = [withStroke(linewidth=2, foreground="white")]
+        for digit in labels.unique().tolist():  # where two groups coincide, the legend tells them apart
+            where = points[labels == digit].median(dim=0).values.tolist()
+            ax.text(*where, digit, weight="bold", ha="center", va="center", path_effects=halo)
         handles = [ax.scatter([], [], s=12, c=colour, label=digit) for digit, colour in enumerate(DIGIT_COLOURS)]
+        figure.legend(handles=handles, loc="outside right center", frameon=False, handletextpad=0.1)
         # By the data's limits: a box that shrank to fit would push the label over the figure's edge.
-        ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1], aspect="equal", adjustable="datalim")
-        figure.legend(handles=handles, title="digit", loc="outside right center", frameon=False, handletextpad=0.1)
+        ax.set(xlabel=axes[0], ylabel=axes[1], aspect="equal", adjustable="datalim")
 
 
 def plot_kl_per_dimension(mu, logvar, out):
     """Bars of the KL of each latent over codes mu, logvar (N, latent_dim), sorted."""
     kl, order = kl_per_latent(mu, logvar).sort(descending=True)
-    with new_figure(out, "kl_per_dimension", 0.5 * WIDTH) as figure:
+    named = len(kl) <= 30  # the ticks have room for the latents' own numbers
+    with new_figure(out, "kl_per_dimension", f"Sum over latents: {kl.sum():.1f} nats", 0.5 * WIDTH) as figure:
         ax = figure.add_subplot()
         ax.bar(range(len(kl)), kl.tolist())
-        named = len(kl) <= 30  # the ticks have room for the latents' own numbers
         if named:
             ax.set_xticks(range(len(kl)), order.tolist())
-        xlabel = "latent, sorted by KL" if named else "rank of the latent by KL"
-        ax.set(xlabel=xlabel, ylabel="KL (nats per image)", title=f"Sum over latents: {kl.sum():.1f} nats")
+        ax.set(xlabel="latent, sorted by KL" if named else "rank of the latent by KL", ylabel="KL (nats per image)")
 
 
 def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
@@ -615,9 +622,9 @@ def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
     for row, latent in enumerate(order):
         z[row, :, latent] = values
     row_labels = [f"$z_{{{latent}}}$  {nats:.1f} nats" for latent, nats in zip(order.tolist(), kl.tolist())]
-    title = "One latent moved, the others at a test image's code;\nrows sorted by the latent's KL"
-    columns = [f"{value:g}" for value in values.tolist()]
-    plot_grid(decode_grid(decoder, z), out, "traversals", title, row_labels, columns, "value of the moved latent")
+    labels = row_labels, [f"{value:g}" for value in values.tolist()], "value of the latent", "latent, sorted by its KL"
+    title = "One latent moved,\nthe others at a test image's code"
+    plot_grid(decode_grid(decoder, z), out, "traversals", title, *labels)
 
 
 def plot_manifold(decoder, out, steps=20):
@@ -626,7 +633,7 @@ def plot_manifold(decoder, out, steps=20):
     values = torch.special.ndtri(quantiles)  # the inverse of the normal CDF
     z = torch.cartesian_prod(-values, values).flip(1).view(steps, steps, 2)  # z_0 to the right, z_1 up
     images = decode_grid(decoder, z.to(decoder.input_layer.weight.device))
-    plot_grid(images, out, "manifold", "Decoded quantiles of the prior: $z_0$ to the right, $z_1$ up")
+    plot_grid(images, out, "manifold", "Decoded quantiles of the prior", (), (), "$z_0$, to the right", "$z_1$, up")
 
 
 # ---- Run folder --------------------------------------------------------------------------------
@@ -740,7 +747,7 @@ def save_metrics(encoder, decoder, data, test, history, args, out):
             "script": args.script,
             "device": device_name(device),
             "precision": pick_precision(device, args.precision)[0],
-            "python": platform.python_version(),
+            "python": sys.version.split()[0],
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         },
@@ -768,10 +775,9 @@ def claim_folder(folder, numbered):
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
     except BlockingIOError as error:
-        lock.close()
         raise BlockingIOError(f"another run writes to {folder} now") from error
     except OSError:
-        pass  # a file system without locks
+        pass  # a file system without locks: go on without one
     for stale in folder.glob(".*.tmp"):  # of a killed run
         stale.unlink()
     return folder, lock
@@ -881,16 +887,25 @@ def parse_args(parser, argv=None):
 
 
 def pick_device(name="auto"):
-    """The torch.device for a --device value. Raises ValueError if it is not on this machine."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    if not re.fullmatch(r"cpu|cuda|cuda:\d{1,3}|mps", name):
-        raise ValueError(f"{name!r} is no device: take auto, cpu, cuda, cuda:N or mps")
+    """The torch.device for a --device value, and what kept `auto` from an accelerator ("" if nothing did).
+
+    A device counts if a tiny operation on it works: drivers, memory and other processes all have a say in that.
+    Raises ValueError with torch's reason if one asked for by name does not.
+    """
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.ones(1, device=name).item()
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"{name!r} is not on this machine: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
+        device = torch.device(found if name == "auto" else name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("these scripts have not been made for it")
+        ones = torch.ones(2, device=device)
+        if ones.sum().item() != 2:
+            raise RuntimeError("its 1 + 1 is not 2")
+        return ones.device, ""  # with its index
+    except (AssertionError, RuntimeError) as error:  # the first where torch was built without CUDA
+        reason = f"{found if name == 'auto' else name} cannot be used: {str(error).splitlines()[0]}"
+        if name != "auto":
+            raise ValueError(f"{reason} (take auto, cpu, cuda, cuda:N or mps)") from error
+        return torch.device("cpu"), f" ({reason})"
 
 
 @contextlib.contextmanager
@@ -904,7 +919,7 @@ def start_run(parser, args):
     folder = Path(args.resume or getattr(args, "out", Path("runs", parser.prog).with_suffix("")))
     flag = "--resume" if args.resume else "--out"
     with parser.refusing("--device"):
-        device = pick_device(args.device)
+        device, fallback = pick_device(args.device)
     with parser.refusing(flag):
         above = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
         if not above.is_dir() or not os.access(above, os.W_OK):
@@ -916,6 +931,8 @@ def start_run(parser, args):
     with parser.refusing(flag):
         folder, lock = claim_folder(folder, numbered)
     args.out = str(folder)
+    precision, reason = pick_precision(device, args.precision)
+    print(f"{device_name(device)}{fallback}, {precision} ({reason}), writing to {folder}")
     go_on = f"go on with: python {parser.prog} --resume {folder}"
     try:
         with lock:

@@ -41,8 +41,9 @@ def main(argv=None):
         history = common.train_model(encoder, decoder, data, loss_fn, args, out)
 
         mu, logvar = common.encode(encoder, images)
-        test = common.representation_metrics(encoder, decoder, data, mu, args)
-        test["active_units"] = common.active_units(mu)
+        train_mu, _ = common.encode(encoder, data.train_images, args.binarize)
+        test = common.representation_metrics(decoder, data, train_mu, mu, args)
+        test["active_units"] = (mu.var(dim=0) > 0.01).sum().item()  # Burda et al. (2016)
         test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
         common.save_metrics(encoder, decoder, data, test, history, args, out)
         common.plot_loss_curves(history, {"loss": "$-$ELBO", "recon": "reconstruction", "kl": "KL"}, out)
@@ -51,7 +52,7 @@ def main(argv=None):
         samples = decode_grid(decoder, torch.randn(10, 10, args.latent_dim).to(device))
         common.plot_grid(samples, out, "samples", r"Samples, $z \sim N(0, I)$")
         common.plot_interpolations(decoder, mu, labels, out)
-        common.plot_latent_space(mu, labels, out)
+        common.plot_latent_space(train_mu, data.train_labels, mu, labels, out)
         common.plot_kl_per_dimension(mu, logvar, out)
         common.plot_traversals(decoder, mu, logvar, out)
         if args.latent_dim == 2:
