@@ -8,6 +8,7 @@ whose numbers do not compare (other pixels, likelihood or split) get tables of t
 """
 
 import json
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -23,7 +24,7 @@ METRICS = {  # heading, the same in LaTeX, its unit there, decimals, factor
     "kl": ("KL", "KL", "nats", 2, 1),
     "elbo": ("ELBO", "ELBO", "nats", 2, 1),
     "iw_bound": ("IW bound, K = {K}", r"$\mathcal{{L}}_{{{K}}}$", "nats", 2, 1),  # Burda et al.'s name for it
-    "active_units": ("active units", "active", "units", 1, 1),
+    "active_units": ("active units", "AU", "units", 1, 1),
     "probe_accuracy": ("probe %", "probe", r"\%", 1, 100),
     "mse": ("1000 MSE", "MSE", "$10^{-3}$", 2, 1000),
 }
@@ -90,15 +91,12 @@ def table(groups):
             spread = [statistics.stdev(values)] if len(values) > 1 else []
             yield [f"{value:.{decimals}f}" for value in ([statistics.mean(values), *spread] if values else [])]
 
-    rows = [
-        (label, len(members), list(cells([(run["protocol"]["K"], run["test"]) for run in members])))
-        for label, members in groups.items()
-    ]
-    for run in {run["args"]["latent_dim"]: run for run in runs}.values():
-        test = {"probe_accuracy": run["test"]["pca_probe_accuracy"], "mse": run["test"]["pca_mse"]}
-        rows.append((f"PCA, {run['args']['latent_dim']} components", "", list(cells([(None, test)]))))
-    test = {"probe_accuracy": runs[0]["test"]["pixel_probe_accuracy"]}
-    return columns, [*rows, ("raw pixels", "", list(cells([(None, test)])))]
+    rows = [(label, len(own), [(run["protocol"]["K"], run["test"]) for run in own]) for label, own in groups.items()]
+    for latent_dim, test in {run["args"]["latent_dim"]: run["test"] for run in runs}.items():
+        pca = {"probe_accuracy": test["pca_probe_accuracy"], "mse": test["pca_mse"]}
+        rows.append((f"PCA, {latent_dim} components", "", [(None, pca)]))
+    rows.append(("raw pixels", "", [(None, {"probe_accuracy": runs[0]["test"]["pixel_probe_accuracy"]})]))
+    return columns, [(label, seeds, list(cells(tests))) for label, seeds, tests in rows]
 
 
 def markdown(columns, rows):
@@ -110,54 +108,44 @@ def markdown(columns, rows):
 def latex(columns, rows, protocol):
     """A table of one column's width: standard deviations below their means, what else names a run below its model."""
     counts = {seeds for _, seeds, _ in rows if seeds}
-    spread = any(len(cell) > 1 for _, _, cells in rows for cell in cells)
-    caption = f"MNIST, {protocol['pixels']} pixels" + (", mean and standard deviation over " if spread else ", ")
-    if len(counts) == 1:
-        caption += f"{min(counts)} seed{'s' * spread}."
-    else:
-        caption += "seeds ($n$)."
-        columns = [(None, None, None, "$n$", "", 0, 1), *columns]
-        rows = [(label, seeds, [[str(seeds)] if seeds else [], *cells]) for label, seeds, cells in rows]
+    caption = f"MNIST, {protocol['pixels']} pixels, {protocol['recon'].split(':')[0]}"
+    if counts != {1}:
+        caption += ", mean and standard deviation over " + (f"{min(counts)} seeds" if len(counts) == 1 else "$n$ seeds")
+    gap = 1.2 if len(columns) > 6 else 3  # points
 
     def small(text):
         return rf"\scriptsize {text}" if text else ""
 
-    heads = [[small(column[i]) for column in columns] for i in (3, 4)]
-    lines = [["", *heads[0]], ["", *heads[1]], r"\midrule"]
-    for label, _, cells in rows:
-        label = label.replace("_", " ").replace("beta = ", r"$\beta$ = ").replace("beta-", r"$\beta$-")
-        parts = label.split(", ")
-        name = ", ".join(parts[: 2 if r"$\beta$ = " in label else 1])
+    lines = [["", *(small(column[i]) for column in columns)] for i in (3, 4)] + [[r"\midrule"]]
+    for label, seeds, cells in rows:
+        label = re.sub(r"beta = ([^,]+)", r"$\\beta = \1$", label.replace("beta-", r"$\beta$-").replace("_", " "))
+        name, more = re.fullmatch(r"([^,]*(?:, \$[^$]*\$)?)(?:, )?(.*)", label).groups()
+        more = ", ".join([more] * bool(more) + [f"$n = {seeds}$"] * (bool(seeds) and len(counts) > 1))
         lines.append([name, *(f"${cell[0]}$" if cell else "" for cell in cells)])
-        below = [small(rf"$\pm${cell[1]}") if len(cell) > 1 else "" for cell in cells]
-        more = label.removeprefix(name).removeprefix(", ")
-        if more or any(below):
-            lines.append([small(more), *below])
-    body = [line if isinstance(line, str) else " & ".join(line) + r" \\" for line in lines]
-    begin = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{caption}}}",
-        r"\footnotesize",
-        r"\setlength{\tabcolsep}{2pt}",
-    ]
-    begin += [rf"\begin{{tabular}}{{@{{}}l{'r' * len(columns)}@{{}}}}", r"\toprule"]
-    return "\n".join([*begin, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+        below = [small(more), *(small(rf"$\pm${cell[1]}") if len(cell) > 1 else "" for cell in cells)]
+        lines += [below] if any(below) else []
+    begin = [r"\begin{table}", r"\centering", rf"\caption{{{caption}.}}", r"\footnotesize"]
+    begin += [rf"\setlength{{\tabcolsep}}{{{gap}pt}}", rf"\begin{{tabular}}{{@{{}}l{'r' * len(columns)}@{{}}}}"]
+    body = [" & ".join(line) + r" \\" * (len(line) > 1) for line in lines]
+    end = [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    return "\n".join([*begin, r"\toprule", *body, *end]) + "\n"
 
 
 def plot_rate_distortion(tables, out):
     """KL against recon, a marker a run, a panel a protocol; along a grey line the ELBO is the same."""
-    panels = {key: groups for key, groups in tables.items() if any("kl" in run[0]["test"] for run in groups.values())}
+    panels = {}
+    for key, groups in tables.items():
+        tests = {label: [run["test"] for run in members] for label, members in groups.items()}
+        points = {
+            label: [(test["kl"], test["recon"]) for test in own] for label, own in tests.items() if "kl" in own[0]
+        }
+        panels |= {key: points} if points else {}
     if not panels:
         return
     plain = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
-    with common.new_figure(out, "rate_distortion", 0.8 * common.WIDTH * len(panels)) as figure:
-        for ax, (key, groups) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
-            points = {
-                label: [(run["test"]["kl"], run["test"]["recon"]) for run in members]
-                for label, members in groups.items()
-                if "kl" in members[0]["test"]
-            }
+    title, height = "Along a grey line the ELBO is the same", 0.8 * common.WIDTH * len(panels)
+    with common.new_figure(out, "rate_distortion", title, height) as figure:
+        for ax, (key, points) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
             ax.margins(0.15)
             for label, own in points.items():
                 colour = "C0" if label.startswith("VAE") else "C1"
@@ -172,8 +160,8 @@ def plot_rate_distortion(tables, out):
                 if bottom < total - right < top:  # where the line leaves the panel
                     ax.annotate(f" $-{total:g}$", (right, total - right), color="0.5", fontsize=5, va="center")
             ax.set(xlim=(left, right), ylim=(bottom, top))
-            ax.set(xlabel="rate: KL (nats per image)", ylabel="distortion: recon (nats per image)")
-            ax.set_title(f"{dict(key)['pixels']} pixels; along a grey line the ELBO is the same")
+            xlabel = f"rate: KL (nats per image, {dict(key)['pixels']} pixels)"
+            ax.set(xlabel=xlabel, ylabel="distortion: recon (nats per image)")
 
 
 def main(argv=None):
@@ -189,10 +177,8 @@ def main(argv=None):
     for run in runs:
         by_protocol[tuple((name, run["protocol"][name]) for name in ("pixels", "recon", "split"))].append(run)
     tables = {key: group_runs(members) for key, members in by_protocol.items()}
-    for name in ("pixels", "recon", "split"):
-        values = sorted({dict(key)[name] for key in tables})
-        if len(values) > 1:
-            print(f"Not comparable, so in tables apart: {name} is {' / '.join(values)}.\n")
+    if len(tables) > 1:
+        print("These are not comparable, so they are in tables apart.\n")
     tex = []
     for key, groups in tables.items():
         columns, rows = table(groups)
