@@ -404,6 +404,11 @@ def encode(encoder, images, binarize=False):
     return tuple(torch.cat([head(h) for h in features]) for head in (encoder.fc_mean, encoder.fc_logvar))
 
 
+def active_units(mu):
+    """How many latents respond to the image: those with Var_x(mu) > 0.01, mu (N, latent_dim). Burda et al. (2016)."""
+    return (mu.var(dim=0) > 0.01).sum().item()
+
+
 @torch.inference_mode()
 def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
     """log p(x) bounded from below with k samples of q(z|x) an image, in nats per image: Burda et al. (2016).

@@ -149,6 +149,12 @@ def test_the_bound_is_log_p_for_the_posterior_and_rises_to_it_from_the_elbo_for_
     assert bounds == sorted(bounds) and bounds[-1] == pytest.approx(model.log_p, abs=0.01)
 
 
+def test_active_units_are_those_whose_mean_varies_over_images():
+    mu = torch.stack([torch.randn(1000), 0.05 * torch.randn(1000), 3 + torch.zeros(1000)], dim=1)
+    assert common.active_units(mu) == 1  # variances 1, 0.0025 and 0, whatever the means
+    assert common.active_units(mu[:, 1:] + 0.2 * mu[:, :1]) == 2  # 0.04 more
+
+
 def test_probe_accuracy_is_that_of_ridge_regression_by_least_squares():
     torch.manual_seed(0)
     labels = torch.arange(10).repeat(60)
@@ -565,7 +571,7 @@ def test_a_script_leaves_every_figure_and_finite_numbers(script, flags, figures,
         assert test[term] == float(row[f"test_{term}"]) == pytest.approx(again[term], rel=1e-5)
     if "elbo" in terms:
         assert test["elbo"] == pytest.approx(-test["recon"] - test["kl"])
-        assert test["active_units"] == sum(common.encode(encoder, images)[0].var(dim=0) > 0.01)
+        assert test["active_units"] == common.active_units(common.encode(encoder, images)[0])
         assert sum(per_latent) == pytest.approx(test["kl"], rel=1e-4) and min(per_latent) >= 0
     if "iw_bound" in test:
         assert test["elbo"] < test["iw_bound"] < test["elbo"] + 5

@@ -43,7 +43,7 @@ def main(argv=None):
         mu, logvar = common.encode(encoder, images)
         train_mu, _ = common.encode(encoder, data.train_images, args.binarize)
         test = common.representation_metrics(decoder, data, train_mu, mu, args)
-        test["active_units"] = (mu.var(dim=0) > 0.01).sum().item()  # Burda et al. (2016)
+        test["active_units"] = common.active_units(mu)
         test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
         common.save_metrics(encoder, decoder, data, test, history, args, out)
         common.plot_loss_curves(history, {"loss": "$-$ELBO", "recon": "reconstruction", "kl": "KL"}, out)
