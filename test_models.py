@@ -191,6 +191,7 @@ def test_linear_discriminants_solve_the_generalised_eigenvalue_problem():
 
 def test_metrics_equal_those_of_a_mean_reconstruction_and_of_a_singular_value_decomposition(mnist):
     encoder, decoder = build("VAE")
+    encoder.fc_mean.weight.data *= 30  # codes that the probe's penalty does not silence
     mu, logvar = common.encode(encoder, mnist.test_images)
     train_x, x = (images.double() / 255 for images in (mnist.train_images, mnist.test_images))
     torch.testing.assert_close(logvar, encoder(x.float())[1])
@@ -383,6 +384,9 @@ def test_binarised_training_draws_anew_and_the_test_set_is_drawn_once(mnist, tmp
     once = common.binarise(mnist.train_images)
     assert torch.equal(once, common.binarise(mnist.train_images)) and set(once.unique().tolist()) == {0, 255}
     assert common.to_pixels(once).mean().item() == pytest.approx(pixels.mean().item(), abs=0.002)
+    encoder, _ = build("VAE")
+    drawn, codes = common.encode(encoder, once)[0], common.encode(encoder, mnist.train_images, binarize=True)[0]
+    assert torch.equal(codes, drawn) and not torch.equal(codes, common.encode(encoder, mnist.train_images)[0])
     data = common.load_mnist(ROOT / "data", limit=512, binarize=True)
     assert torch.equal(data.test_images[:300], common.binarise(data.test_images)[:300])
     assert torch.equal(data.train_images, mnist.train_images), "they are drawn in training"
@@ -426,9 +430,12 @@ def test_a_gpu_that_cannot_work_is_left_by_auto_with_the_reason_and_refused_by_n
             raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
         return real(*size, **settings)
 
-    real = torch.ones
-    monkeypatch.setattr(torch, "ones", broken)
+    real, fine = torch.ones, Mock(device=torch.device("cuda:1"))
+    fine.sum.return_value.item.return_value = 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: fine)
+    assert common.pick_device() == common.pick_device("cuda:1") == (torch.device("cuda:1"), "")
+    monkeypatch.setattr(torch, "ones", broken)
     reason = "cuda cannot be used: CUDA error: no kernel image is available"
     assert common.pick_device() == (torch.device("cpu"), f" ({reason})")
     assert ends(vae.main, ["--device", "cuda"], capsys) == (
@@ -563,8 +570,10 @@ def test_a_script_leaves_every_figure_and_finite_numbers(script, flags, figures,
     data = common.load_mnist(ROOT / "data", limit=512, binarize="--binarize" in flags)
     drawn = common.binarise(data.train_images) if "--binarize" in flags else data.train_images
     images, pixels = data.test_images, [common.to_pixels(part).flatten(1) for part in (drawn, data.test_images)]
-    accuracy = common.probe_accuracy(pixels[0], data.train_labels, pixels[1], data.test_labels)
-    assert test["pixel_probe_accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    codes = [common.encode(encoder, part)[0] for part in (drawn, data.test_images)]
+    for name, (train_part, part) in {"pixel_probe": pixels, "probe": codes}.items():
+        accuracy = common.probe_accuracy(train_part, data.train_labels, part, data.test_labels)
+        assert test[f"{name}_accuracy"] == pytest.approx(accuracy, abs=5e-4)
     loss_fn = partial(ae.ae_loss if script is ae else vae.vae_loss, kind=args.recon)
     again = common.evaluate(encoder, decoder, images, loss_fn)
     for term in set(terms) - {"loss"}:
