@@ -402,6 +402,21 @@ def test_bfloat16_trains_to_the_loss_of_float32_which_casts_nothing(mnist, tmp_p
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+def test_convolutions_are_laid_out_for_the_cpu_and_left_alone_on_mps_which_has_fused_adam_too(
+    kind, mnist, tmp_path, monkeypatch
+):
+    adam = Mock(side_effect=NotImplementedError)  # as far as a machine without MPS can go
+    monkeypatch.setattr(torch.optim, "Adam", adam)
+    models, args = build("VAE"), argparse.Namespace(precision="auto", lr=1e-3, batch_size=64)
+    with pytest.raises(NotImplementedError):
+        data = mnist._replace(train_images=Mock(device=torch.device(kind)))
+        common.train_model(*models, data, vae.vae_loss, args, tmp_path)
+    kernel = models[0].model[2].weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last) == (kind == "cpu")
+    assert adam.call_args.kwargs["fused"]
+
+
 def test_a_terminal_sees_one_line_in_place_and_a_file_one_line_an_epoch(mnist, tmp_path, monkeypatch, capsys):
     train(mnist, tmp_path, "--batch-size=8", epochs=2)
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["epoch 1/2", "epoch 2/2"]
