@@ -49,7 +49,7 @@ def main(argv=None):
 
         mu, _ = common.encode(encoder, images)
         train_mu, _ = common.encode(encoder, data.train_images)
-        test = common.representation_metrics(decoder, data, train_mu, mu, args)
+        test = common.representation_metrics(decoder, data, train_mu, mu)
         common.save_metrics(encoder, decoder, data, test, history, args, out)
         common.plot_loss_curves(history, {"recon": "reconstruction"}, out)
         common.plot_reconstructions(decoder, mu, images, labels, out)

@@ -51,8 +51,7 @@ def main(argv=None):
     objective.add_argument("--beta", type=common.positive_float, default=4.0, help="weight of the KL term")
     epochs = {"metavar": "EPOCHS", "type": common.positive_or_zero, "default": 0.0}
     objective.add_argument("--warmup", **epochs, help="epochs over which beta grows from 0")
-    nats = {"metavar": "NATS", "type": common.positive_or_zero}
-    objective.add_argument("--capacity", **nats, help="C: beta |KL - C| in place of beta KL")
+    objective.add_argument("--capacity", metavar="NATS", type=common.positive_or_zero, help="C, for beta |KL - C|")
     common.add_likelihood_flags(parser)
     args = common.parse_args(parser, argv)
     if args.warmup > args.epochs:
@@ -68,8 +67,10 @@ def main(argv=None):
         history = common.train_model(encoder, decoder, data, loss_fn, args, out, progress)
 
         mu, logvar = common.encode(encoder, images)
-        train_mu, _ = common.encode(encoder, data.train_images, args.binarize)
-        test = common.representation_metrics(decoder, data, train_mu, mu, args)
+        if args.binarize:
+            data = data._replace(train_images=common.binarise(data.train_images))  # once, as the test images are
+        train_mu, _ = common.encode(encoder, data.train_images)
+        test = common.representation_metrics(decoder, data, train_mu, mu)
         test["active_units"] = common.active_units(mu)
         test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
         common.save_metrics(encoder, decoder, data, test, history, args, out)

@@ -394,12 +394,11 @@ def evaluate(encoder, decoder, images, loss_fn):
 
 
 @torch.inference_mode()
-def encode(encoder, images, binarize=False):
-    """The codes (mu, logvar) of images (N, 1, 28, 28) uint8, drawn first if `binarize`: (N, latent_dim) float32 each.
+def encode(encoder, images):
+    """The codes (mu, logvar) of images (N, 1, 28, 28) uint8, each (N, latent_dim) float32.
 
     An AE trains no logvar: its second value means nothing.
     """
-    images = binarise(images) if binarize else images
     features = [encoder.features(to_pixels(batch)) for batch in images.split(EVAL_BATCH)]
     return tuple(torch.cat([head(h) for h in features]) for head in (encoder.fc_mean, encoder.fc_logvar))
 
@@ -449,17 +448,16 @@ def probe_accuracy(train_codes, train_labels, codes, labels):
 
 
 @torch.inference_mode()
-def representation_metrics(decoder, data, train_mu, mu, args):
+def representation_metrics(decoder, data, train_mu, mu):
     """What the test codes mu (N, latent_dim) keep of the images, beside PCA with as many components and raw pixels."""
     parts = zip(mu.split(EVAL_BATCH), data.test_images.split(EVAL_BATCH))
     squares = sum((decoder(code) - to_pixels(batch)).square().sum() for code, batch in parts)
-    train_images = binarise(data.train_images) if args.binarize else data.train_images
-    train_pixels, pixels = (to_pixels(images.cpu()).flatten(1) for images in (train_images, data.test_images))
+    train_pixels, pixels = (to_pixels(images.cpu()).flatten(1) for images in (data.train_images, data.test_images))
     mean = train_pixels.mean(dim=0)
     train_pixels -= mean
     pixels -= mean
     _, directions = torch.linalg.eigh(train_pixels.T @ train_pixels)  # (784, 784), columns in ascending order
-    directions = directions[:, -args.latent_dim :]  # (784, latent_dim)
+    directions = directions[:, -mu.shape[1] :]  # (784, latent_dim)
     pca = pixels @ directions  # (N, latent_dim)
     probe = partial(probe_accuracy, train_labels=data.train_labels, labels=data.test_labels)
     return {

@@ -41,8 +41,10 @@ def main(argv=None):
         history = common.train_model(encoder, decoder, data, loss_fn, args, out)
 
         mu, logvar = common.encode(encoder, images)
-        train_mu, _ = common.encode(encoder, data.train_images, args.binarize)
-        test = common.representation_metrics(decoder, data, train_mu, mu, args)
+        if args.binarize:
+            data = data._replace(train_images=common.binarise(data.train_images))  # once, as the test images are
+        train_mu, _ = common.encode(encoder, data.train_images)
+        test = common.representation_metrics(decoder, data, train_mu, mu)
         test["active_units"] = common.active_units(mu)
         test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
         common.save_metrics(encoder, decoder, data, test, history, args, out)
