@@ -27,13 +27,9 @@ import torchvision
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import check_integrity
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 EVAL_SEED = 0  # of the samples z behind every test number, whatever the run's own seed is
 EVAL_BATCH = 250  # images at a time in evaluation: bounds its memory, and more are slower on a CPU
@@ -48,13 +44,10 @@ Mnist = namedtuple("Mnist", "train_images train_labels test_images test_labels")
 def load_mnist(root, device="cpu", limit=None, binarize=False):
     """Load MNIST onto `device`, from the archives in root/MNIST/raw or else by download.
 
-    limit: keep the first `limit` training images; the test set always stays whole.
-    binarize: draw the test images once from Bernoulli(pixel); training draws its own anew.
+    limit: how many training images to keep. binarize: draw the test images, once, from Bernoulli(pixel).
     Raises OSError or RuntimeError that names what is neither there, whole, nor to be had.
     """
     raw = Path(root) / "MNIST" / "raw"
-    if Path(root).is_file():
-        raise NotADirectoryError(f"{root} is a file; name the folder that holds MNIST/raw")
     absent = [name for name, md5 in MNIST.resources if not check_integrity(raw / name, md5)]
     # Unpacked anew in a folder of this process alone: no damaged or half-written file is ever
     # trained on, and two runs that start together do not meet.
@@ -70,8 +63,7 @@ def load_mnist(root, device="cpu", limit=None, binarize=False):
             raise RuntimeError(f"{names}, and no download; put the original there") from error
         for name in absent:
             raw.mkdir(parents=True, exist_ok=True)
-            with replacing(raw / name) as beside:
-                shutil.copy(unpacked / name, beside)
+            shutil.copy(unpacked / name, raw)  # if it is cut short, the next run finds that
     test_images = binarise(test.data) if binarize else test.data
     parts = train.data[:limit, None], train.targets[:limit], test_images[:, None], test.targets  # (N, 1, 28, 28), (N,)
     return Mnist(*(part.to(device) for part in parts))
@@ -93,10 +85,9 @@ def binarise(images):
 
 
 class Encoder(nn.Module):
-    """Images (B, 1, 28, 28) in [0, 1] to codes.
+    """Images (B, 1, 28, 28) in [0, 1] to mu for model_name "AE", (mu, logvar, z) for "VAE", each (B, latent_dim).
 
-    model_name "AE" returns mu (B, latent_dim); "VAE" returns (mu, logvar, z), each (B, latent_dim),
-    with z ~ N(mu, exp(logvar)). Any other name raises ValueError.
+    z is a sample of N(mu, exp(logvar)). Any other name raises ValueError.
     """
 
     def __init__(self, hidden_dims, latent_dim, model_name="AE"):
@@ -137,15 +128,6 @@ class Encoder(nn.Module):
         return mu
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """torch's own, with the bias added apart: on CPUs oneDNN's bfloat16 gradient of it costs a sixth of a step."""
-
-    def forward(self, x):
-        shape = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-        h = F.conv_transpose2d(x, self.weight, None, *shape)
-        return h + self.bias.to(h.dtype)[:, None, None]
-
-
 class Decoder(nn.Module):
     """Codes (B, latent_dim) to images (B, 1, 28, 28) in [0, 1]."""
 
@@ -154,15 +136,15 @@ class Decoder(nn.Module):
         self.expand_dim = expand_dim
         self.input_layer = nn.Linear(latent_dim, hidden_dims[-1] * expand_dim * expand_dim)
         self.decoder = nn.Sequential(
-            ConvTranspose2d(hidden_dims[-1], hidden_dims[-2], 4, 2, 1),
+            nn.ConvTranspose2d(hidden_dims[-1], hidden_dims[-2], 4, 2, 1),
             nn.LeakyReLU(0.01),
-            ConvTranspose2d(hidden_dims[-2], hidden_dims[-3], 4, 2, 1),
+            nn.ConvTranspose2d(hidden_dims[-2], hidden_dims[-3], 4, 2, 1),
             nn.LeakyReLU(0.01),
-            ConvTranspose2d(hidden_dims[-3], hidden_dims[-4], 4, 2, 1),
+            nn.ConvTranspose2d(hidden_dims[-3], hidden_dims[-4], 4, 2, 1),
             nn.LeakyReLU(0.01),
         )
         self.last_layer = nn.Sequential(
-            ConvTranspose2d(hidden_dims[-4], 1, 3, 1, 1),
+            nn.ConvTranspose2d(hidden_dims[-4], 1, 3, 1, 1),
             nn.Sigmoid(),
         )
 
@@ -184,8 +166,7 @@ def reconstruction_term(logits, x, kind="bce"):
     """-log p(x|z) of each image, in nats. logits, x: (B, 1, 28, 28), x in [0, 1]. Returns (B,).
 
     kind "bce": Bernoulli pixels. Grey ones make this the cross-entropy, which is no likelihood.
-    kind "mse": Gaussian pixels of unit variance around sigmoid(logits), half the squared error: the
-    constant 784 / 2 log(2 pi) = 720.5 nats is left out.
+    kind "mse": Gaussian pixels of unit variance around sigmoid(logits), less 784 / 2 log(2 pi) = 720.5 nats.
     """
     if kind == "bce":
         pixels = F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none")
@@ -227,6 +208,17 @@ def keep_freed_memory():
         mallopt(-1, (2 << 30) - 1)  # M_TRIM_THRESHOLD
 
 
+class BiasApart(TorchFunctionMode):
+    """Has transposed convolutions add their bias apart: on CPUs its bfloat16 gradient takes a tenth of a step."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.conv_transpose2d:
+            return function(*args, **(kwargs or {}))
+        x, weight, bias, *shape = args
+        h = function(x, weight, None, *shape)
+        return h + bias.to(h.dtype)[:, None, None]
+
+
 def seed_epoch(seed, epoch):
     """Seed every generator for one epoch (0: the initial weights), so that no state needs saving."""
     torch.manual_seed(seed * 1_000_003 + epoch)
@@ -246,9 +238,8 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     loss_fn(encoder, decoder, x): x (B, 1, 28, 28) in [0, 1]; returns the loss and its named terms, nats per image.
     args: epochs, batch_size, lr, seed, precision, binarize, resume (goes on from the checkpoint in `out`, if any).
     progress: a scalar tensor to keep at the share of the training done, for a loss that changes in its course.
-    Returns the history, one dict an epoch; its seconds are those of the training steps alone. After Ctrl-C that
-    and the models are the last checkpoint's; KeyboardInterrupt is raised if there is none.
-    Raises FloatingPointError at the end of an epoch with a loss or term that is not finite.
+    Returns the history, one dict an epoch; its seconds are those of the training steps alone. After Ctrl-C it and the
+    models are the last checkpoint's. Raises KeyboardInterrupt if there is none, FloatingPointError on divergence.
     """
     images, device = data.train_images, data.train_images.device
     on_cuda, narrow = device.type == "cuda", pick_precision(device, args.precision)[0] == "bfloat16"
@@ -256,8 +247,7 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     torch.backends.cudnn.allow_tf32 = False  # in convolutions too
     if on_cuda:
         torch.cuda.set_device(device)  # of several: streams and graphs are the current one's
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     if device.type != "mps":  # whose kernels are slower so, and were wrong at times (pytorch#143196)
         # channels_last is the layout that convolution kernels want: no reorder around each of them.
         encoder.to(memory_format=torch.channels_last)
@@ -273,11 +263,14 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     progress = torch.zeros((), device=device) if progress is None else progress
     totals = defaultdict(lambda: torch.zeros((), device=device))  # on the device: reading them would stall each step
 
+    cast = torch.autocast(device.type, torch.bfloat16) if narrow else contextlib.nullcontext()
+    apart = BiasApart() if narrow and device.type == "cpu" else contextlib.nullcontext()
+
     def training_step():
         x = to_pixels(images[index])
         if args.binarize:
             x = torch.bernoulli(x)
-        with torch.autocast(device.type, torch.bfloat16) if narrow else contextlib.nullcontext():
+        with cast, apart:
             loss, terms = loss_fn(encoder, decoder, x)
         optimizer.zero_grad()
         loss.backward()
@@ -286,9 +279,7 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
             totals[name] += term.detach()
 
     try:
-        step_once = training_step
-        if on_cuda and len(history) < args.epochs:
-            step_once = as_cuda_graph(training_step, parameters, optimizer)
+        step_once = as_cuda_graph(training_step, parameters, optimizer) if on_cuda else training_step
         for epoch in range(len(history) + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
             start = time.perf_counter()
@@ -328,9 +319,8 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
 def as_cuda_graph(step, parameters, optimizer):
     """`step` as one CUDA graph: a replay is one launch, where the step's own hundreds would bound its speed.
 
-    A replay reads the same tensors anew, the learning rate's too, and draws new random numbers after any seeding.
-    The steps that capture asks for first, in which libraries start and Adam makes its state, are taken back.
-    Where capture fails one line says so, and `step` itself comes back.
+    A replay reads the same tensors anew, the learning rate's too, and draws new random numbers. The steps that capture
+    asks for first, for libraries and Adam to start, are taken back. If it fails, a line says so: `step` comes back.
     """
     weights = [parameter.detach().clone() for parameter in parameters]
     states = {key: {name: value.clone() for name, value in state.items()} for key, state in optimizer.state.items()}
@@ -347,8 +337,7 @@ def as_cuda_graph(step, parameters, optimizer):
             graphed = graph.replay
         except RuntimeError as error:
             generator.graphsafe_set_state(random_state)  # a broken capture leaves it unusable
-            reason = str(error.__context__ or error).splitlines()[0]
-            print(f"no CUDA graph, so training is slower: {reason}")
+            print(f"no CUDA graph, so training is slower: {str(error.__context__ or error).splitlines()[0]}")
     torch.cuda.synchronize()
     with torch.no_grad():
         for parameter, weight in zip(parameters, weights):
@@ -366,15 +355,10 @@ def show_progress(history, epoch, args, done, steps, elapsed):
     if history:
         test = {name: value for name, value in history[-1].items() if name.startswith("test_")}
         line += "  test" + "".join(f" {name.removeprefix('test_')} {value:.2f}" for name, value in test.items())
-    show_line(line, milestone=len(history) == epoch, last=len(history) == args.epochs)
-
-
-def show_line(line, milestone, last):
-    """On a terminal one line that is updated in place; elsewhere each milestone on a line of its own."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be overwritten
-        print(f"\r\x1b[K{line[:width]}", end="\n" if last else "", flush=True)
-    elif milestone:
+    if sys.stdout.isatty():  # one line, updated in place
+        line = line[: shutil.get_terminal_size().columns - 1]  # one that wraps could not be overwritten
+        print(f"\r\x1b[K{line}", end="\n" if len(history) == args.epochs else "", flush=True)
+    else:
         print(line, flush=True)
 
 
@@ -395,17 +379,9 @@ def evaluate(encoder, decoder, images, loss_fn):
 
 @torch.inference_mode()
 def encode(encoder, images):
-    """The codes (mu, logvar) of images (N, 1, 28, 28) uint8, each (N, latent_dim) float32.
-
-    An AE trains no logvar: its second value means nothing.
-    """
+    """The codes (mu, logvar) of uint8 images (N, 1, 28, 28), each (N, latent_dim). An AE's logvar means nothing."""
     features = [encoder.features(to_pixels(batch)) for batch in images.split(EVAL_BATCH)]
     return tuple(torch.cat([head(h) for h in features]) for head in (encoder.fc_mean, encoder.fc_logvar))
-
-
-def active_units(mu):
-    """How many latents respond to the image: those with Var_x(mu) > 0.01, mu (N, latent_dim). Burda et al. (2016)."""
-    return (mu.var(dim=0) > 0.01).sum().item()
 
 
 @torch.inference_mode()
@@ -414,13 +390,13 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
 
         E[log 1/k sum_i w_i],    w_i = p(x|z_i) p(z_i) / q(z_i|x),    z_i ~ q(z|x)
 
-    mu, logvar: (N, latent_dim), the codes of uint8 images (N, 1, 28, 28). kind: see `reconstruction_term`.
-    With k = 1 its expectation is the ELBO. Memory hardly grows with k: by a number an image and sample.
+    mu, logvar: (N, latent_dim), the codes of uint8 images (N, 1, 28, 28). kind: as for `reconstruction_term`.
     """
     torch.manual_seed(EVAL_SEED)
     size = 2500 if images.device.type == "cuda" else EVAL_BATCH  # images at a time
-    total, done, start = 0, 0, time.perf_counter()
-    for mean, log_variance, batch in zip(*(tensor.split(size) for tensor in (mu, logvar, images))):
+    total = 0
+    for start in range(0, len(images), size):
+        mean, log_variance, batch = (tensor[start : start + size] for tensor in (mu, logvar, images))
         x, log_w = to_pixels(batch), []
         for _ in range(k):
             eps = torch.randn_like(mean)
@@ -429,10 +405,8 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
             log_ratio = 0.5 * (eps.square() + log_variance - z.square()).sum(dim=1)
             log_w.append(log_ratio - reconstruction_term(decoder.logits(z), x, kind))  # (B,)
         total += (torch.stack(log_w).logsumexp(dim=0) - math.log(k)).sum()  # over samples; over images
-        done += len(batch)
-        left = (time.perf_counter() - start) / done * (len(images) - done)
-        line = f"bound of {k} samples: {done}/{len(images)} images, {left:.0f} s left"
-        show_line(line, milestone=done % 1000 < len(batch), last=done == len(images))
+        if start % 1000 == 0:
+            print(f"bound of {k} samples: {start + len(batch)}/{len(images)} images", flush=True)
     return total.item() / len(images)
 
 
@@ -454,8 +428,7 @@ def representation_metrics(decoder, data, train_mu, mu):
     squares = sum((decoder(code) - to_pixels(batch)).square().sum() for code, batch in parts)
     train_pixels, pixels = (to_pixels(images.cpu()).flatten(1) for images in (data.train_images, data.test_images))
     mean = train_pixels.mean(dim=0)
-    train_pixels -= mean
-    pixels -= mean
+    train_pixels, pixels = train_pixels - mean, pixels - mean
     _, directions = torch.linalg.eigh(train_pixels.T @ train_pixels)  # (784, 784), columns in ascending order
     directions = directions[:, -mu.shape[1] :]  # (784, latent_dim)
     pca = pixels @ directions  # (N, latent_dim)
@@ -477,8 +450,7 @@ STYLE = {
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 6),
     "axes.linewidth": 0.5,
     "lines.linewidth": 1,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#D55E00"]),  # Okabe & Ito: colour-blind-safe
     "image.cmap": "gray_r",  # ink on paper
     "savefig.dpi": 300,
@@ -489,14 +461,11 @@ DIGIT_COLOURS = "#CC6677 #332288 #DDCC77 #117733 #88CCEE #882255 #44AA99 #999933
 
 
 @contextlib.contextmanager
-def new_figure(out, name, title, height, layout="constrained"):
-    """Yields a figure of one column's width and `height` inches to draw on, then saves it to `out`.
-
-    The PDF, for a paper, goes without the title, which is its caption's matter; the PNG, to look at, has it.
-    """
+def new_figure(out, name, title, height, panels=1, layout="constrained"):
+    """Yields the axes of `panels`, a column wide and `height` inches high; saves a PDF and, with the title, a PNG."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout=layout)
-        yield figure
+        yield figure.subplots(panels, squeeze=False)[:, 0]
         with replacing(Path(out) / f"{name}.pdf") as beside:
             figure.savefig(beside, format="pdf")
         figure.set_figheight(height + 0.14 * (title.count("\n") + 1))
@@ -511,8 +480,7 @@ def plot_grid(images, out, name, title, row_labels=(), column_labels=(), xlabel=
     tiled = images.permute(0, 2, 1, 3).reshape(rows * 28, columns * 28)  # (rows * 28, columns * 28)
     cell = (WIDTH - 0.05 - 0.6 * bool(row_labels) - 0.15 * bool(ylabel)) / columns  # inches
     height = rows * cell + 0.05 + 0.13 * (bool(column_labels) + bool(xlabel))
-    with new_figure(out, name, title, height, "compressed") as figure:
-        ax = figure.add_subplot()
+    with new_figure(out, name, title, height, layout="compressed") as (ax,):
         ax.imshow(tiled.cpu().numpy(), vmin=0, vmax=1, interpolation="none")
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.set_yticks([28 * row + 14 for row in range(len(row_labels))], row_labels)
@@ -550,20 +518,16 @@ def plot_interpolations(decoder, mu, labels, out, steps=11):
 
 
 def plot_loss_curves(history, terms, out):
-    """One panel a term, train and test, over epochs; `terms` maps the history's names to labels.
-
-    The first tenth of the epochs, the warm-up, is left out: beside its fall the rest would be a flat line.
-    """
-    shown = history[len(history) // 10 :]
-    with new_figure(out, "loss_curves", "Losses", max(0.6 * WIDTH, 0.4 + len(terms))) as figure:
-        axes = figure.subplots(len(terms), sharex=True, squeeze=False)[:, 0]
+    """One panel a term, train and test, over epochs; `terms` maps the history's names to labels."""
+    shown = history[len(history) // 10 :]  # without the warm-up, beside whose fall the rest would be a flat line
+    with new_figure(out, "loss_curves", "Losses", max(0.6 * WIDTH, 0.4 + len(terms)), len(terms)) as axes:
         for ax, (name, label) in zip(axes, terms.items()):
             for split in ("train", "test"):
                 values = [row[f"{split}_{name}"] for row in shown]
                 ax.plot([row["epoch"] for row in shown], values, marker=".", markersize=3, label=split)
-            ax.set_ylabel(f"{label}\n(nats per image)")
-        axes[-1].set_xlabel("epoch")
-        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+            ax.set(xlabel="epoch", ylabel=f"{label}\n(nats per image)")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.label_outer()
         axes[0].legend(ncols=2, frameon=False)
 
 
@@ -577,8 +541,7 @@ def linear_discriminants(codes, labels):
     within, between = codes - means, means - codes.mean(dim=0)
     variance, axes = torch.linalg.eigh(within.T @ within / len(codes))
     whiten = axes / (variance + 1e-6 * variance.mean() + 1e-9).sqrt()  # (latent_dim, latent_dim): to unit spread
-    _, directions = torch.linalg.eigh((between @ whiten).T @ (between @ whiten))  # columns in ascending order
-    directions = (whiten @ directions).flip(1)[:, :2]
+    directions = whiten @ torch.linalg.svd(between @ whiten, full_matrices=False).Vh[:2].T
     return F.pad(directions, (0, 2 - directions.shape[1])).float()  # of a single latent the second is zero
 
 
@@ -590,8 +553,7 @@ def plot_latent_space(train_mu, train_labels, mu, labels, out):
         points = (points - train_mu.cpu().mean(dim=0)) @ linear_discriminants(train_mu, train_labels)
         axes = [f"{rank} linear discriminant of $\\mu$" for rank in ("first", "second")]
         title += ", along the two\nlinear discriminants of the training codes"
-    with new_figure(out, "latent_space", title, 0.9 * WIDTH) as figure:
-        ax = figure.add_subplot()
+    with new_figure(out, "latent_space", title, 0.9 * WIDTH) as (ax,):
         # In the test set's order, so that no digit is drawn on top of all others; a bitmap in the PDF too.
         colours = [DIGIT_COLOURS[label] for label in labels]
         ax.scatter(*points.T.numpy(), s=1.5, linewidths=0, c=colours, rasterized=True)
@@ -600,7 +562,7 @@ def plot_latent_space(train_mu, train_labels, mu, labels, out):
             where = points[labels == digit].median(dim=0).values.tolist()
             ax.text(*where, digit, weight="bold", ha="center", va="center", path_effects=halo)
         handles = [ax.scatter([], [], s=12, c=colour, label=digit) for digit, colour in enumerate(DIGIT_COLOURS)]
-        figure.legend(handles=handles, loc="outside right center", frameon=False, handletextpad=0.1)
+        ax.figure.legend(handles=handles, loc="outside right center", frameon=False, handletextpad=0.1)
         # By the data's limits: a box that shrank to fit would push the label over the figure's edge.
         ax.set(xlabel=axes[0], ylabel=axes[1], aspect="equal", adjustable="datalim")
 
@@ -608,13 +570,10 @@ def plot_latent_space(train_mu, train_labels, mu, labels, out):
 def plot_kl_per_dimension(mu, logvar, out):
     """Bars of the KL of each latent over codes mu, logvar (N, latent_dim), sorted."""
     kl, order = kl_per_latent(mu, logvar).sort(descending=True)
-    named = len(kl) <= 30  # the ticks have room for the latents' own numbers
-    with new_figure(out, "kl_per_dimension", f"Sum over latents: {kl.sum():.1f} nats", 0.5 * WIDTH) as figure:
-        ax = figure.add_subplot()
+    with new_figure(out, "kl_per_dimension", f"Sum over latents: {kl.sum():.1f} nats", 0.5 * WIDTH) as (ax,):
         ax.bar(range(len(kl)), kl.tolist())
-        if named:
-            ax.set_xticks(range(len(kl)), order.tolist())
-        ax.set(xlabel="latent, sorted by KL" if named else "rank of the latent by KL", ylabel="KL (nats per image)")
+        ax.set(xlabel="latents, sorted by their KL", ylabel="KL (nats per image)")
+        ax.set_xticks(range(len(kl)), order.tolist() if len(kl) <= 30 else [])  # as long as their numbers have room
 
 
 def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
@@ -622,8 +581,7 @@ def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
     kl, order = (values[:rows] for values in kl_per_latent(mu, logvar).sort(descending=True))
     values = torch.linspace(-3, 3, columns, device=mu.device)
     z = mu[0].repeat(len(order), columns, 1)  # (rows, columns, latent_dim)
-    for row, latent in enumerate(order):
-        z[row, :, latent] = values
+    z[range(len(order)), :, order] = values
     row_labels = [f"$z_{{{latent}}}$  {nats:.1f} nats" for latent, nats in zip(order.tolist(), kl.tolist())]
     labels = row_labels, [f"{value:g}" for value in values.tolist()], "value of the latent", "latent, sorted by its KL"
     title = "One latent moved,\nthe others at a test image's code"
@@ -632,8 +590,7 @@ def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
 
 def plot_manifold(decoder, out, steps=20):
     """Decode a grid over a latent plane, even in the prior's probability (Kingma & Welling, 2014)."""
-    quantiles = (torch.arange(steps) + 0.5) / steps
-    values = torch.special.ndtri(quantiles)  # the inverse of the normal CDF
+    values = torch.special.ndtri((torch.arange(steps) + 0.5) / steps)  # the inverse of the normal CDF
     z = torch.cartesian_prod(-values, values).flip(1).view(steps, steps, 2)  # z_0 to the right, z_1 up
     images = decode_grid(decoder, z.to(decoder.input_layer.weight.device))
     plot_grid(images, out, "manifold", "Decoded quantiles of the prior", (), (), "$z_0$, to the right", "$z_1$, up")
@@ -649,7 +606,7 @@ def device_name(device):
 @contextlib.contextmanager
 def replacing(path):
     """Yield a path to write to, and move it to `path` once it is whole: what fails leaves the old file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")  # one name, so that what a killed run left is written over
     try:
         yield beside
         os.replace(beside, path)
@@ -663,17 +620,10 @@ def save_checkpoint(encoder, decoder, optimizer, history, args, out):
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
         writer.writerows(history)
-    checkpoint = {
-        "model_name": encoder.model_name,
-        "args": vars(args),
-        "epoch": len(history),
-        "history": history,
-        "encoder": encoder.state_dict(),
-        "decoder": decoder.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
+    models = {"model_name": encoder.model_name, "encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
+    run = {"args": vars(args), "epoch": len(history), "history": history, "optimizer": optimizer.state_dict()}
     buffer = io.BytesIO()  # a full disk is then a plain OSError, which torch.save to a path does not raise
-    torch.save(checkpoint, buffer)
+    torch.save({**models, **run}, buffer)
     with replacing(Path(out) / "checkpoint.pt") as beside:
         beside.write_bytes(buffer.getbuffer())
 
@@ -683,13 +633,12 @@ def read_checkpoint(folder):
     path = Path(folder) / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # a pickle that runs code is refused
-        for name in ("model_name", "args", "epoch", "history", "encoder", "decoder", "optimizer"):
-            checkpoint[name]
+        names = "model_name", "args", "epoch", "history", "encoder", "decoder", "optimizer"
+        return {name: checkpoint[name] for name in names}
     except OSError:
         raise
     except Exception as error:  # damaged bytes raise all sorts of errors
         raise ValueError(f"{path} is damaged, or no checkpoint of these scripts") from error
-    return checkpoint
 
 
 def restore(encoder, decoder, optimizer, folder):
@@ -718,53 +667,35 @@ def load_model(folder):
 
 def save_metrics(encoder, decoder, data, test, history, args, out):
     """Write metrics.json: the last epoch's test terms, what else was measured (`test`), and all that made them."""
-    device = data.test_images.device
-    terms = {name.removeprefix("test_"): value for name, value in history[-1].items() if name.startswith("test_")}
-    seconds = sum(row["seconds"] for row in history)
+    device, seconds = data.test_images.device, sum(row["seconds"] for row in history)
     seen = len(history) * (len(data.train_images) // args.batch_size) * args.batch_size
-    metrics = {
-        "args": vars(args),
-        "protocol": {
-            "split": f"trained on {len(data.train_images)} MNIST images, tested on {len(data.test_images)}",
-            "pixels": "binarised" if args.binarize else "grey",
-            "recon": {
-                "bce": "Bernoulli: binary cross-entropy, summed over pixels",
-                "mse": "Gaussian of unit variance: half the squared error, summed over pixels, no constant",
-            }[args.recon],
-            "z": "one sample of q(z|x) an image" if "kl" in terms else "the code itself",
-            "mse": "per pixel, reconstructions from the mean code",
-            "K": args.iw_samples if "iw_bound" in test else None,
-            "seed": args.seed,
-            "evaluation_seed": EVAL_SEED,
-            "units": "nats per image",
-        },
-        "test": {**terms, **test},
-        "train": {
-            "epochs": len(history),
-            "seconds": seconds,
-            "images_per_second": seen / seconds,
-            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
-            "parameters": sum(p.numel() for p in [*encoder.parameters(), *decoder.parameters()]),
-        },
-        "environment": {
-            "script": args.script,
-            "device": device_name(device),
-            "precision": pick_precision(device, args.precision)[0],
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
+    terms = {name.removeprefix("test_"): value for name, value in history[-1].items() if name.startswith("test_")}
+    protocol = {
+        "split": f"trained on {len(data.train_images)} MNIST images, tested on {len(data.test_images)}",
+        "pixels": "binarised" if args.binarize else "grey",
+        "recon": {"bce": "Bernoulli: cross-entropy", "mse": "Gaussian: half the squared error"}[args.recon],
+        "z": "one sample of q(z|x) an image" if "kl" in terms else "the code itself",
+        "K": args.iw_samples if "iw_bound" in test else None,
+        "seed": args.seed,
     }
+    train = {"epochs": len(history), "seconds": seconds, "images_per_second": seen / seconds}
+    train["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    train["parameters"] = sum(parameter.numel() for model in (encoder, decoder) for parameter in model.parameters())
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
+    precision = pick_precision(device, args.precision)[0]
+    environment = {"script": args.script, "device": device_name(device), "precision": precision, **versions}
+    metrics = {"args": vars(args), "protocol": protocol, "test": terms | test, "train": train}
     with replacing(Path(out) / "metrics.json") as beside:
-        beside.write_text(json.dumps(metrics, indent=2) + "\n")
+        beside.write_text(json.dumps({**metrics, "environment": environment}, indent=2) + "\n")
 
 
-def claim_folder(folder, numbered):
-    """Make and lock `folder` or, if `numbered`, the first of folder, folder-2, ... that is not there.
+def claim_folder(args):
+    """Make and lock the folder of --resume or --out or, without them, the first free one of runs/vae, runs/vae-2, ...
 
-    Returns it and the lock, held until closed. Raises OSError, BlockingIOError if another run holds it.
+    Returns it and the lock, held until closed. Raises OSError where that cannot be.
     """
-    first, number = folder, 1
+    folder = first = Path(args.resume or getattr(args, "out", Path("runs", args.script).with_suffix("")))
+    number, numbered = 1, not args.resume and "out" not in args
     while numbered:
         try:
             folder.mkdir(parents=True)  # makes or fails in one step: two runs never get one folder
@@ -773,16 +704,17 @@ def claim_folder(folder, numbered):
             number += 1
             folder = first.with_name(f"{first.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
+    if not args.resume and any(path.name != ".lock" for path in folder.iterdir()):
+        raise OSError(f"{folder} is not empty; name another one")
     lock = open(folder / ".lock", "w")
     try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
     except BlockingIOError as error:
         raise BlockingIOError(f"another run writes to {folder} now") from error
-    except OSError:
-        pass  # a file system without locks: go on without one
-    for stale in folder.glob(".*.tmp"):  # of a killed run
-        stale.unlink()
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks: go on without one
     return folder, lock
 
 
@@ -794,11 +726,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def stop(self, status, message):
-        if sys.stdout.isatty():
-            print()  # leave the progress line
-        self.exit(status, f"{self.prog}: {message}\n")
 
     @contextlib.contextmanager
     def refusing(self, flag):
@@ -830,20 +757,16 @@ seed_value = checked(int, lambda value: 0 <= value < 2**32, "a whole number from
 
 def make_parser(name, doc):
     """The flags that all scripts have; `name` is the script's, the first line of `doc` heads the help."""
-    parser = Parser(
-        prog=f"{name}.py",
-        description=doc.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(prog=f"{name}.py", description=doc.splitlines()[0], formatter_class=style, allow_abbrev=False)
     run = parser.add_argument_group("run")
+    folder = run.add_mutually_exclusive_group()
     free = f"the first of runs/{name}, runs/{name}-2, ... that is free"
-    run.add_argument("--out", metavar="DIR", default=argparse.SUPPRESS, help=f"folder to write to (default: {free})")
-    run.add_argument("--resume", metavar="DIR", help="go on with the run in DIR and its flags, or start it there")
+    folder.add_argument("--out", metavar="DIR", default=argparse.SUPPRESS, help=f"folder to write to (default: {free})")
+    folder.add_argument("--resume", metavar="DIR", help="go on with the run in DIR and its flags, or start it there")
     run.add_argument("--seed", type=seed_value, default=0, help="seed of weights, batches and noise")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    precision = {"choices": ["auto", "fp32", "bf16"], "default": "auto"}
-    run.add_argument("--precision", **precision, help="of training: auto takes bf16 where it is native")
+    run.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where native")
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", default="data", help="folder that holds MNIST/raw/*.gz")
     data.add_argument("--limit", metavar="N", type=train_size, default=60_000, help="train on the first N images")
@@ -851,8 +774,7 @@ def make_parser(name, doc):
     model.add_argument("--latent-dim", metavar="N", type=positive_int, default=20, help="number of latents")
     widths = {"nargs": 4, "metavar": tuple("ABCD"), "default": [32, 64, 128, 256]}
     model.add_argument("--hidden-dims", type=positive_int, **widths, help="channels of the four convolutions")
-    kinds = {"choices": ["bce", "mse"], "default": "bce"}
-    model.add_argument("--recon", **kinds, help="-log p(x|z): cross-entropy, or half the squared error")
+    model.add_argument("--recon", choices=["bce", "mse"], default="bce", help="cross-entropy or half the squared error")
     fit = parser.add_argument_group("optimization")
     fit.add_argument("--epochs", metavar="N", type=positive_int, default=20, help="passes over the training images")
     fit.add_argument("--batch-size", metavar="N", type=positive_int, default=128, help="images per step")
@@ -865,25 +787,21 @@ def add_likelihood_flags(parser):
     """The flags of models that bound log p(x)."""
     likelihood = parser.add_argument_group("likelihood")
     likelihood.add_argument("--binarize", action="store_true", help="draw each pixel from Bernoulli(pixel)")
-    count = {"metavar": "K", "type": positive_int}
-    likelihood.add_argument("--iw-samples", **count, help="samples an image of the importance-weighted bound")
+    likelihood.add_argument("--iw-samples", metavar="K", type=positive_int, help="of the importance-weighted bound")
 
 
 def parse_args(parser, argv=None):
     """Parse the flags; with --resume those that the run was started with count, unless given anew."""
     args = parser.parse_args(argv)
-    if args.resume and "out" in args:
-        parser.error("argument --resume: names the folder to go on in; leave out --out")
     with parser.refusing("--resume"):
         if args.resume and (Path(args.resume) / "checkpoint.pt").exists():
             saved = read_checkpoint(args.resume)["args"]
-            if saved["script"] != args.script:
-                raise ValueError(f"{args.resume} holds a run of {saved['script']}, not of {args.script}")
-            parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("out", "resume")})
+            own = ("out", "resume", "script")
+            parser.set_defaults(**{name: value for name, value in saved.items() if name not in own})
             args = parser.parse_args(argv)
-            for name in ("latent_dim", "hidden_dims"):
+            for name in ("script", "latent_dim", "hidden_dims"):
                 if getattr(args, name) != saved[name]:
-                    parser.error(f"argument --{name.replace('_', '-')}: the run in {args.resume} has {saved[name]}")
+                    raise ValueError(f"the run in {args.resume} has {name} {saved[name]}, not {getattr(args, name)}")
     if args.batch_size > args.limit:
         parser.error(f"argument --batch-size: {args.batch_size} is more than the {args.limit} training images")
     return args
@@ -892,20 +810,15 @@ def parse_args(parser, argv=None):
 def pick_device(name="auto"):
     """The torch.device for a --device value, and what kept `auto` from an accelerator ("" if nothing did).
 
-    A device counts if a tiny operation on it works: drivers, memory and other processes all have a say in that.
-    Raises ValueError with torch's reason if one asked for by name does not.
+    A device counts if a tiny operation on it works. Raises ValueError with torch's reason if a named one does not.
     """
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(found if name == "auto" else name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("these scripts have not been made for it")
-        ones = torch.ones(2, device=device)
-        if ones.sum().item() != 2:
-            raise RuntimeError("its 1 + 1 is not 2")
-        return ones.device, ""  # with its index
-    except (AssertionError, RuntimeError) as error:  # the first where torch was built without CUDA
-        reason = f"{found if name == 'auto' else name} cannot be used: {str(error).splitlines()[0]}"
+        one = torch.ones(1, device=found if name == "auto" else name)
+        one.add(one).item()
+        return one.device, ""  # with its index
+    except Exception as error:  # of all sorts: no driver, built without it, out of memory
+        reason = f"{found if name == 'auto' else name} cannot be used: {(str(error) or repr(error)).splitlines()[0]}"
         if name != "auto":
             raise ValueError(f"{reason} (take auto, cpu, cuda, cuda:N or mps)") from error
         return torch.device("cpu"), f" ({reason})"
@@ -913,39 +826,28 @@ def pick_device(name="auto"):
 
 @contextlib.contextmanager
 def start_run(parser, args):
-    """Check device and folder, load the data, claim the folder, in this order; yields (data, folder).
+    """Pick the device, load the data, claim the folder, in this order; yields (data, folder).
 
     What is refused ends in one line with exit code 2, before anything is written. What stops the run later
     (full disk, divergence: 1; Ctrl-C: 130) ends in one line too, and the last checkpoint stays.
     """
-    numbered = not args.resume and "out" not in args
-    folder = Path(args.resume or getattr(args, "out", Path("runs", parser.prog).with_suffix("")))
-    flag = "--resume" if args.resume else "--out"
     with parser.refusing("--device"):
         device, fallback = pick_device(args.device)
-    with parser.refusing(flag):
-        above = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise OSError(f"{above} is no folder that can be written to")
-        if "out" in args and above == folder and any(path.name != ".lock" for path in folder.iterdir()):
-            raise OSError(f"{folder} is not empty; name another one")
     with parser.refusing("--data"):
         data = load_mnist(args.data, device, args.limit, args.binarize)
-    with parser.refusing(flag):
-        folder, lock = claim_folder(folder, numbered)
+    with parser.refusing("--resume" if args.resume else "--out"):
+        folder, lock = claim_folder(args)
     args.out = str(folder)
     precision, reason = pick_precision(device, args.precision)
     print(f"{device_name(device)}{fallback}, {precision} ({reason}), writing to {folder}")
-    go_on = f"go on with: python {parser.prog} --resume {folder}"
     try:
         with lock:
             yield data, folder
             if read_checkpoint(folder)["epoch"] < args.epochs:
                 raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        parser.stop(130, f"interrupted; {go_on}")
-    except FloatingPointError as error:
-        parser.stop(1, f"error: {error}")
-    except OSError as error:
-        parser.stop(1, f"error: {error.strerror or error} in {folder}; then {go_on}")
+    except (KeyboardInterrupt, FloatingPointError, OSError) as error:
+        if sys.stdout.isatty():
+            print()  # leave the progress line
+        status, what = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, f"error: {error}")
+        parser.exit(status, f"{parser.prog}: {what}; go on with: python {parser.prog} --resume {folder}\n")
     print(f"figures and numbers are in {folder}")

@@ -1,6 +1,6 @@
 """Tests of ae.py, vae.py, beta_vae.py and common.py: identities, behaviour, and whole runs on MNIST."""
 
-import argparse
+import contextlib
 import csv
 import json
 import math
@@ -43,9 +43,9 @@ def mnist():
     return data._replace(test_images=data.test_images[:300], test_labels=data.test_labels[:300])
 
 
-def build(model_name, seed=0, latent_dim=5):
+def build(model_name="VAE", seed=0):
     torch.manual_seed(seed)
-    return common.Encoder(NARROW, latent_dim, model_name), common.Decoder(latent_dim, NARROW)
+    return common.Encoder(NARROW, 5, model_name), common.Decoder(5, NARROW)
 
 
 def train(data, out, *flags, seed=0, epochs=2, loss_fn=vae.vae_loss, progress=None):
@@ -84,13 +84,11 @@ def timeless(history):
 # ---- Identities: each against an independent reference ------------------------------------------
 
 
-def test_kl_equals_torch_distributions_and_is_zero_at_the_prior_alone():
+def test_kl_equals_torch_distributions_and_is_zero_at_the_prior():
     mu, logvar = 2 * torch.randn(64, 7), 2 * torch.randn(64, 7)
     reference = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0, 1)).mean(dim=0)
     torch.testing.assert_close(common.kl_per_latent(mu, logvar), reference)
-    zeros = torch.zeros(3, 4)
-    assert common.kl_per_latent(zeros, zeros).count_nonzero() == 0
-    assert common.kl_per_latent(zeros + 0.1, zeros).min() > 0 < common.kl_per_latent(zeros, zeros + 0.1).min()
+    assert common.kl_per_latent(torch.zeros(3, 4), torch.zeros(3, 4)).count_nonzero() == 0
 
 
 def test_reconstruction_terms_equal_float64_references_and_stay_exact_where_a_sigmoid_would_saturate():
@@ -108,34 +106,29 @@ def test_reconstruction_terms_equal_float64_references_and_stay_exact_where_a_si
 
 
 class LinearGaussian:
-    """p(x|z) = N(Wz + b, I) with z ~ N(0, I): log p(x) and p(z|x) in closed form. Stands in for a decoder."""
+    """p(x|z) = N(Wz + 1/2, I) with z ~ N(0, I): log p(x) and p(z|x) in closed form. Stands in for a decoder."""
 
-    def __init__(self, images, latent_dim=4):
-        generator = torch.Generator().manual_seed(0)
-        self.weight = 0.03 * torch.randn(784, latent_dim, generator=generator, dtype=torch.float64)
-        self.x = common.to_pixels(images).flatten(1).double()  # (N, 784)
-        # log p(x) = log N(x; b, W W^T + I), less the constant that `kind` "mse" leaves out
+    def __init__(self, images):
+        x = common.to_pixels(images).flatten(1).double()  # (N, 784)
+        directions = torch.linalg.qr(torch.randn(784, 4, dtype=torch.float64)).Q  # orthogonal: q is diagonal
+        self.weight = directions * torch.tensor([0.9, 0.8, 0.7, 0.6])
+        # log p(x) = log N(x; 1/2, W W^T + I), less the constant that `kind` "mse" leaves out
         covariance = self.weight @ self.weight.T + torch.eye(784, dtype=torch.float64)
-        marginal = MultivariateNormal(torch.full((784,), 0.5, dtype=torch.float64), covariance)
-        self.log_p = (marginal.log_prob(self.x) + 784 / 2 * math.log(2 * math.pi)).mean().item()
-        # p(z|x) = N(S W^T (x - b), S), S = (I + W^T W)^-1; made diagonal by turning W to its singular vectors
-        u, singular, _ = torch.linalg.svd(self.weight, full_matrices=False)
-        self.weight = u * singular
-        self.variance = 1 / (1 + singular.square())  # (latent_dim,)
-        self.mu = ((self.x - 0.5) @ self.weight * self.variance).float()  # (N, latent_dim)
-        self.logvar = self.variance.log().float().expand_as(self.mu)
+        log_p = MultivariateNormal(torch.full((784,), 0.5, dtype=torch.float64), covariance).log_prob(x)
+        self.log_p = (log_p + 784 / 2 * math.log(2 * math.pi)).mean().item()
+        # p(z|x) = N(S W^T (x - 1/2), S), S = (I + W^T W)^-1
+        variance = 1 / (1 + self.weight.square().sum(dim=0))
+        self.mu = ((x - 0.5) @ self.weight * variance).float()  # (N, 4)
+        self.logvar = variance.log().float().expand_as(self.mu)
 
     def logits(self, z):
         return (z.double() @ self.weight.T + 0.5).clamp(1e-6, 1 - 1e-6).logit().view(-1, 1, 28, 28)
 
 
 def test_the_bound_is_log_p_for_the_posterior_and_rises_to_it_from_the_elbo_for_a_poor_q(mnist):
+    torch.manual_seed(0)
     model, images = LinearGaussian(mnist.test_images), mnist.test_images
-    for k in (
-        1,
-        7,
-        64,
-    ):  # every weight p(x|z) p(z) / q(z|x) is p(x): a wrong sign, constant or axis has no place to hide
+    for k in (1, 7, 64):  # every weight p(x|z) p(z) / q(z|x) is p(x): a wrong sign, constant or axis cannot hide
         bound = common.importance_weighted_bound(model, model.mu, model.logvar, images, k, "mse")
         assert bound == pytest.approx(model.log_p, abs=2e-4)
     mu, logvar = model.mu + 0.7, model.logvar + 0.7
@@ -149,12 +142,6 @@ def test_the_bound_is_log_p_for_the_posterior_and_rises_to_it_from_the_elbo_for_
     assert bounds == sorted(bounds) and bounds[-1] == pytest.approx(model.log_p, abs=0.01)
 
 
-def test_active_units_are_those_whose_mean_varies_over_images():
-    mu = torch.stack([torch.randn(1000), 0.05 * torch.randn(1000), 3 + torch.zeros(1000)], dim=1)
-    assert common.active_units(mu) == 1  # variances 1, 0.0025 and 0, whatever the means
-    assert common.active_units(mu[:, 1:] + 0.2 * mu[:, :1]) == 2  # 0.04 more
-
-
 def test_probe_accuracy_is_that_of_ridge_regression_by_least_squares():
     torch.manual_seed(0)
     labels = torch.arange(10).repeat(60)
@@ -162,15 +149,13 @@ def test_probe_accuracy_is_that_of_ridge_regression_by_least_squares():
     codes = (torch.randn(10, 6)[labels] + 0.8 * torch.randn(600, 6)) * scales + 7  # classes that overlap
     train, test = slice(0, 400), slice(400, 600)
     centre, onehot = codes[train].mean(dim=0), torch.nn.functional.one_hot(labels[train], 10).float()
-    references = []
-    for penalty in (0.4, 40, 0.004):  # 1e-3 for each of 400 codes; as rows of data: sqrt(penalty) I w = 0
-        rows = torch.cat([codes[train] - centre, penalty**0.5 * torch.eye(6)])
-        answers = torch.cat([onehot - onehot.mean(dim=0), torch.zeros(6, 10)])
-        scores = (codes[test] - centre) @ torch.linalg.lstsq(rows, answers).solution + onehot.mean(dim=0)
-        references.append((scores.argmax(dim=1) == labels[test]).float().mean().item())
+    # The penalty, 1e-3 for each of 400 codes, as further rows of data: sqrt(penalty) I w = 0. Others score otherwise.
+    rows = torch.cat([codes[train] - centre, 0.4**0.5 * torch.eye(6)])
+    answers = torch.cat([onehot - onehot.mean(dim=0), torch.zeros(6, 10)])
+    scores = (codes[test] - centre) @ torch.linalg.lstsq(rows, answers).solution + onehot.mean(dim=0)
+    reference = (scores.argmax(dim=1) == labels[test]).float().mean().item()
     accuracy = common.probe_accuracy(codes[train], labels[train], codes[test], labels[test])
-    assert 0.3 < accuracy < 0.95 and accuracy == pytest.approx(references[0])
-    assert all(abs(accuracy - other) > 0.001 for other in references[1:])
+    assert 0.3 < accuracy < 0.95 and accuracy == pytest.approx(reference)
 
 
 def test_linear_discriminants_solve_the_generalised_eigenvalue_problem():
@@ -190,12 +175,11 @@ def test_linear_discriminants_solve_the_generalised_eigenvalue_problem():
 
 
 def test_metrics_equal_those_of_a_mean_reconstruction_and_of_a_singular_value_decomposition(mnist):
-    encoder, decoder = build("VAE")
+    encoder, decoder = build()
     encoder.fc_mean.weight.data *= 30  # codes that the probe's penalty does not silence
-    mu, logvar = common.encode(encoder, mnist.test_images)
     train_x, x = (images.double() / 255 for images in (mnist.train_images, mnist.test_images))
+    (train_mu, _), (mu, logvar) = (common.encode(encoder, images) for images in (mnist.train_images, mnist.test_images))
     torch.testing.assert_close(logvar, encoder(x.float())[1])
-    train_mu, _ = common.encode(encoder, mnist.train_images)
     metrics = common.representation_metrics(decoder, mnist, train_mu, mu)
     reference = torch.nn.functional.mse_loss(decoder(encoder(x.float())[0]), x.float()).item()
     assert metrics["mse"] == pytest.approx(reference, rel=1e-5)
@@ -203,20 +187,16 @@ def test_metrics_equal_those_of_a_mean_reconstruction_and_of_a_singular_value_de
     train_x, x = train_x.flatten(1), x.flatten(1)
     mean = train_x.mean(dim=0)
     directions = torch.linalg.svd(train_x - mean, full_matrices=False).Vh[:5]  # (5, 784)
-    codes, train_codes = ((part - mean) @ directions.T for part in (x, train_x))
+    train_codes, codes = ((part - mean) @ directions.T for part in (train_x, x))
     assert metrics["pca_mse"] == pytest.approx((codes @ directions + mean - x).square().mean().item(), rel=1e-4)
-    for name, train_part, part in (
-        ("probe", train_mu, mu),
-        ("pca_probe", train_codes.float(), codes.float()),
-        ("pixel_probe", train_x.float(), x.float()),
-    ):
-        reference = common.probe_accuracy(train_part, mnist.train_labels, part, mnist.test_labels)
+    pairs = {"probe": (train_mu, mu), "pca_probe": (train_codes, codes), "pixel_probe": (train_x, x)}
+    for name, (train_part, part) in pairs.items():
+        reference = common.probe_accuracy(train_part.float(), mnist.train_labels, part.float(), mnist.test_labels)
         assert metrics[f"{name}_accuracy"] == pytest.approx(reference, abs=0.004)  # one image in 300
 
 
 def test_losses_compose_as_the_papers_say(mnist):
-    x = common.to_pixels(mnist.train_images[:32])
-    models = build("VAE")
+    x, models = common.to_pixels(mnist.train_images[:32]), build()
 
     def seeded(loss_fn):
         torch.manual_seed(1)  # the same z
@@ -225,22 +205,22 @@ def test_losses_compose_as_the_papers_say(mnist):
     loss, terms = seeded(vae.vae_loss)
     torch.manual_seed(1)
     mu, logvar, z = models[0](x)
-    torch.testing.assert_close(terms["recon"], common.reconstruction_term(models[1].logits(z), x).sum() / 32)
-    reference = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0, 1)).sum() / 32
-    torch.testing.assert_close(terms["kl"], reference)
-    torch.testing.assert_close(loss, terms["recon"] + terms["kl"])
+    kl = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0, 1)).sum() / 32
+    torch.testing.assert_close((terms["kl"], loss), (kl, terms["recon"] + kl))
     assert terms["elbo"] == -loss
     for beta in (0.5, 1.0, 4.0):
         objective, same_terms = seeded(partial(beta_vae.beta_vae_loss, beta=beta))
         torch.testing.assert_close(objective, terms["recon"] + beta * terms["kl"])
         assert same_terms == terms, "the terms and the plain ELBO do not depend on beta"
-    squared = seeded(partial(vae.vae_loss, kind="mse"))[1]["recon"]
-    torch.testing.assert_close(squared, common.reconstruction_term(models[1].logits(z), x, "mse").sum() / 32)
+    for kind in ("bce", "mse"):
+        recon = common.reconstruction_term(models[1].logits(z), x, kind).sum() / 32
+        torch.testing.assert_close(seeded(partial(vae.vae_loss, kind=kind))[1]["recon"], recon)
+        loss, terms = ae.ae_loss(lambda x: z, models[1], x, kind)
+        torch.testing.assert_close((loss, terms["recon"]), (recon, recon))
 
 
 def test_warmup_and_capacity_follow_their_schedules(mnist):
-    x = common.to_pixels(mnist.train_images[:32])
-    models = build("VAE")
+    x, models = common.to_pixels(mnist.train_images[:32]), build()
 
     def penalty(progress, **schedule):
         torch.manual_seed(1)
@@ -277,8 +257,7 @@ def test_samples_of_the_ae_have_the_mean_and_covariance_of_its_codes():
 
 def test_encoder_returns_the_mean_or_a_triple_and_decoder_images_in_the_unit_interval():
     x, (encoder, decoder) = torch.rand(6, 1, 28, 28), build("AE")
-    mu = encoder(x)
-    vae_mu, logvar, z = build("VAE")[0](x)
+    mu, (vae_mu, logvar, z) = encoder(x), build("VAE")[0](x)
     assert mu.shape == logvar.shape == z.shape == (6, 5)
     assert torch.equal(mu, vae_mu), "one seed gives both the same weights"
     images = decoder(100 * z)
@@ -289,7 +268,7 @@ def test_encoder_returns_the_mean_or_a_triple_and_decoder_images_in_the_unit_int
 
 
 def test_test_terms_come_from_a_sample_of_q_and_not_from_its_mean(mnist):
-    encoder, decoder = build("VAE")
+    encoder, decoder = build()
     decoder.input_layer.weight.data *= 30  # images that depend on z
     mu, _ = common.encode(encoder, mnist.test_images)
     of_mean = common.reconstruction_term(decoder.logits(mu.clone()), common.to_pixels(mnist.test_images)).mean()
@@ -297,10 +276,8 @@ def test_test_terms_come_from_a_sample_of_q_and_not_from_its_mean(mnist):
 
 
 def test_the_decoders_crop_undoes_the_encoders_padding():
-    encoder, decoder = build("AE")
-    padded = []
+    x, padded, (encoder, decoder) = torch.rand(2, 1, 28, 28), [], build("AE")
     encoder.model.register_forward_pre_hook(lambda _, inputs: padded.append(inputs[0]))
-    x = torch.rand(2, 1, 28, 28)
     encoder(x)
     assert padded[0].shape == (2, 1, 32, 32) and padded[0].count_nonzero() == x.count_nonzero()
     decoder.expand_dim = 32
@@ -310,20 +287,20 @@ def test_the_decoders_crop_undoes_the_encoders_padding():
 
 def test_a_bias_added_apart_gives_the_images_and_gradients_of_torchs_own_layer():
     torch.manual_seed(0)
-    settings = {"stride": 2, "padding": 1, "output_padding": 1, "groups": 3, "dilation": 2}
-    layers = [cls(6, 3, 4, **settings).double() for cls in (common.ConvTranspose2d, torch.nn.ConvTranspose2d)]
-    layers[1].load_state_dict(layers[0].state_dict())
-    x, results = torch.randn(2, 6, 5, 5).double(), []
-    for layer in layers:
-        z = x.clone().requires_grad_()
-        images = layer(z)
+    layer = torch.nn.ConvTranspose2d(6, 3, 4, stride=2, padding=1, output_padding=1, groups=3, dilation=2).double()
+    results = []
+    for mode in (common.BiasApart(), contextlib.nullcontext()):
+        z = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+        with mode:
+            images = layer(z)
         (images * torch.linspace(-1, 1, images.numel()).view_as(images)).sum().backward()
         results.append([images, z.grad, layer.weight.grad, layer.bias.grad])
+        layer.zero_grad()
     torch.testing.assert_close(*results)
 
 
 def test_reparameterize_has_the_mean_and_variance_it_is_given_and_passes_gradients_to_both():
-    encoder, _ = build("VAE")
+    encoder, _ = build()
     mu, logvar = torch.tensor([[-3.0, 0.0, 2.0]]), torch.tensor([[-2.0, 0.0, 1.0]])
     z = encoder.reparameterize(mu.expand(200_000, 3), logvar.expand(200_000, 3))
     torch.testing.assert_close(z.mean(dim=0), mu[0], atol=0.02, rtol=0)
@@ -335,23 +312,13 @@ def test_reparameterize_has_the_mean_and_variance_it_is_given_and_passes_gradien
     torch.testing.assert_close(logvar.grad, 0.5 * z.detach())  # dz/dlogvar = eps std / 2, here z / 2
 
 
-@pytest.mark.parametrize("loss_fn", [ae.ae_loss, vae.vae_loss, partial(beta_vae.beta_vae_loss, beta=4)])
-def test_training_lowers_the_test_loss_of_unseen_images(loss_fn, mnist, tmp_path):
-    *_, history = train(mnist, tmp_path, epochs=8, loss_fn=loss_fn)
-    assert history[-1]["test_loss"] < 0.8 * history[0]["test_loss"]
-
-
 def test_one_seed_gives_the_same_run_to_the_bit_and_another_does_not(mnist, tmp_path):
     first, again, other = (train(mnist, tmp_path, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(weights(*first[:2]), weights(*again[:2]))
     assert not torch.equal(weights(*first[:2]), weights(*other[:2]))
     assert timeless(first[2]) == timeless(again[2]) != timeless(other[2])
-    draws = set()
-    for seed in range(5):
-        for epoch in range(5):
-            common.seed_epoch(seed, epoch)
-            draws.add(torch.rand(1).item())
-    assert len(draws) == 25, "every seed and epoch has random numbers of its own"
+    seeds = {common.seed_epoch(seed, epoch) or torch.initial_seed() for seed in range(5) for epoch in range(5)}
+    assert len(seeds) == 25, "every seed and epoch has random numbers of its own"
 
 
 def test_progress_runs_from_0_to_1_and_is_1_in_the_last_test(mnist, tmp_path):
@@ -395,19 +362,17 @@ def test_bfloat16_trains_to_the_loss_of_float32_which_casts_nothing(mnist, tmp_p
         losses.append(history[-1]["test_loss"])
         assert all(tensor.dtype == torch.float32 for model in models for tensor in model.state_dict().values())
         monkeypatch.setattr(torch, "autocast", None)  # not to be touched where there is nothing to cast
+        monkeypatch.setattr(common, "BiasApart", None)
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps"])
-def test_convolutions_are_laid_out_for_the_cpu_and_left_alone_on_mps_which_has_fused_adam_too(
-    kind, mnist, tmp_path, monkeypatch
-):
-    adam = Mock(side_effect=NotImplementedError)  # as far as a machine without MPS can go
+def test_convolutions_are_laid_out_for_the_cpu_and_left_alone_on_mps(kind, mnist, tmp_path, monkeypatch):
+    adam, models = Mock(side_effect=NotImplementedError), build()  # as far as a machine without MPS can go
     monkeypatch.setattr(torch.optim, "Adam", adam)
-    models, args = build("VAE"), argparse.Namespace(precision="auto", lr=1e-3, batch_size=64)
     with pytest.raises(NotImplementedError):
         data = mnist._replace(train_images=Mock(device=torch.device(kind)))
-        common.train_model(*models, data, vae.vae_loss, args, tmp_path)
+        common.train_model(*models, data, vae.vae_loss, Mock(precision="auto"), tmp_path)
     kernel = models[0].model[2].weight
     assert kernel.is_contiguous(memory_format=torch.channels_last) == (kind == "cpu")
     assert adam.call_args.kwargs["fused"]
@@ -431,45 +396,29 @@ def test_bfloat16_is_taken_where_the_chosen_device_has_it_or_where_it_is_asked_f
     reason = {"amx_tile": "native: AMX", "avx512_bf16": "native: AVX512-BF16", None: "no native bfloat16"}[has]
     assert common.pick_precision(cpu) == ("bfloat16" if has else "float32", reason)
     assert [common.pick_precision(other)[0] for other in others] == ["float32", "float32", "bfloat16"]
-    assert common.pick_precision(cpu, "bf16") == ("bfloat16", "as asked")
-    assert common.pick_precision(cpu, "fp32") == ("float32", "as asked")
+    for asked, given in {"bf16": "bfloat16", "fp32": "float32"}.items():
+        assert common.pick_precision(cpu, asked) == (given, "as asked")
 
 
 def test_a_gpu_that_cannot_work_is_left_by_auto_with_the_reason_and_refused_by_name(tmp_path, monkeypatch, capsys):
-    def broken(*size, **settings):
-        if torch.device(settings.get("device", "cpu")).type == "cuda":
-            raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
-        return real(*size, **settings)
-
-    real, fine = torch.ones, Mock(device=torch.device("cuda:1"))
-    fine.sum.return_value.item.return_value = 2
+    one, cpu = Mock(device=torch.device("cuda:1")), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "ones", lambda *size, device: fine)
+    monkeypatch.setattr(torch, "ones", lambda size, device: one)
     assert common.pick_device() == common.pick_device("cuda:1") == (torch.device("cuda:1"), "")
-    monkeypatch.setattr(torch, "ones", broken)
+    one.add.return_value.item.side_effect = RuntimeError("CUDA error: no kernel image is available\nCompile with")
     reason = "cuda cannot be used: CUDA error: no kernel image is available"
-    assert common.pick_device() == (torch.device("cpu"), f" ({reason})")
-    assert ends(vae.main, ["--device", "cuda"], capsys) == (
-        f"vae.py: error: argument --device: {reason} (take auto, cpu, cuda, cuda:N or mps)\n"
-    )
+    assert common.pick_device() == (cpu, f" ({reason})")
+    error = ends(vae.main, ["--device", "cuda"], capsys)
+    assert error == f"vae.py: error: argument --device: {reason} (take auto, cpu, cuda, cuda:N or mps)\n"
     monkeypatch.undo()  # torch itself would now look for that GPU
-    monkeypatch.setattr(common, "pick_device", lambda name: (torch.device("cpu"), f" ({reason})"))
+    monkeypatch.setattr(common, "pick_device", lambda name: (cpu, f" ({reason})"))
     ae.main([*QUICK, "--epochs=1", "--precision=fp32", "--out", str(tmp_path / "run")])
     assert capsys.readouterr().out.startswith(f"cpu ({reason}), float32 (as asked), writing to")
 
 
-def test_learning_rate_warms_up_over_a_tenth_and_falls_to_zero():
-    rates = [common.learning_rate(step, 1000, 2e-3) for step in range(1000)]
-    assert rates[99] == max(rates) == 2e-3 and 0 < rates[-1] < 1e-7
-    assert rates[49] == pytest.approx(1e-3) and rates[549] == pytest.approx(1e-3, rel=0.01)
-    assert rates[324] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi / 4)), rel=0.01)
-    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
-    assert common.learning_rate(0, 1, 2e-3) == 2e-3  # a run of one step
-
-
 def test_training_equals_the_textbook_loop_with_the_same_seeds_and_rates(mnist, tmp_path):
     *models, history = train(mnist, tmp_path, "--precision=fp32", "--lr=1e-2")
-    trained, models = weights(*models), build("VAE")
+    trained, models = weights(*models), build()
     optimizer = torch.optim.Adam([parameter for model in models for parameter in model.parameters()])
     for epoch in (0, 1):
         common.seed_epoch(0, epoch + 1)
@@ -481,6 +430,15 @@ def test_training_equals_the_textbook_loop_with_the_same_seeds_and_rates(mnist, 
             optimizer.step()
         assert history[epoch]["lr"] == lr
     torch.testing.assert_close(trained, weights(*models), rtol=1e-3, atol=1e-4)
+
+
+def test_learning_rate_warms_up_over_a_tenth_and_falls_to_zero():
+    rates = [common.learning_rate(step, 1000, 2e-3) for step in range(1000)]
+    assert rates[99] == max(rates) == 2e-3 and 0 < rates[-1] < 1e-7
+    assert rates[49] == pytest.approx(1e-3) and rates[549] == pytest.approx(1e-3, rel=0.01)
+    assert rates[324] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi / 4)), rel=0.01)
+    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert common.learning_rate(0, 1, 2e-3) == 2e-3  # a run of one step
 
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "resumed"])
@@ -499,7 +457,7 @@ def test_capturing_a_graph_leaves_weights_and_optimizer_as_they_were(fails, step
         optimizer.step()
 
     for capture in (True, False):
-        models = build("VAE")
+        models = build()
         parameters = [parameter for model in models for parameter in model.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=1e-2)
         for number in range(steps + 3):
@@ -523,14 +481,14 @@ def test_a_cuda_graph_gives_the_losses_of_the_eager_step(precision, tmp_path, mo
     *_, eager = train(data, tmp_path, "--precision", precision, epochs=3)
     for one, other in zip(graphed, eager):
         assert one["lr"] == other["lr"]
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.01)
-        assert one["test_elbo"] == pytest.approx(other["test_elbo"], rel=0.01)
+        for name in ("train_loss", "test_elbo"):
+            assert one[name] == pytest.approx(other[name], rel=0.01)
 
 
 # ---- Whole runs, each in a process of its own, on the real images --------------------------------
 
 FIGURES = ["reconstructions", "samples", "interpolations", "loss_curves", "latent_space"]
-LATENT_FIGURES = ["traversals", "kl_per_dimension"]
+LATENT_FIGURES = [*FIGURES, "traversals", "kl_per_dimension"]
 TERMS = ["loss", "recon", "kl", "elbo"]
 
 
@@ -538,16 +496,15 @@ TERMS = ["loss", "recon", "kl", "elbo"]
     "script, flags, figures, terms",
     [
         (ae, "--recon mse", FIGURES, TERMS[:2]),
-        (vae, "--binarize --iw-samples 3", FIGURES + LATENT_FIGURES, TERMS),
-        (beta_vae, "--capacity 5 --warmup 0.5 --latent-dim 2", FIGURES + LATENT_FIGURES + ["manifold"], TERMS),
+        (vae, "--binarize --iw-samples 3", LATENT_FIGURES, TERMS),
+        (beta_vae, "--capacity 5 --warmup 0.5 --latent-dim 2", [*LATENT_FIGURES, "manifold"], TERMS),
     ],
 )
-def test_a_script_leaves_every_figure_and_finite_numbers(script, flags, figures, terms, tmp_path):
+def test_a_script_leaves_every_figure_and_the_numbers_of_the_model_it_saved(script, flags, figures, terms, tmp_path):
     small = "--epochs 1 --limit 512 --hidden-dims 8 16 16 32 --device cpu --data".split()
     done = run_process([ROOT / f"{script.__name__}.py", *flags.split(), *small, ROOT / "data"], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     out = tmp_path / "runs" / script.__name__
-
     expected = {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf")}
     assert {file.name for file in out.iterdir()} == expected | {"history.csv", "metrics.json", "checkpoint.pt", ".lock"}
     for figure in figures:
@@ -566,35 +523,25 @@ def test_a_script_leaves_every_figure_and_finite_numbers(script, flags, figures,
 
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics) == {"args", "protocol", "test", "train", "environment"}
-    test, protocol = metrics["test"], metrics["protocol"]
-    per_latent = test.pop("kl_per_latent", [])
-    wanted = {*terms, "mse", "pca_mse", "probe_accuracy", "pca_probe_accuracy", "pixel_probe_accuracy"}
-    wanted |= {"active_units"} if "kl" in terms else set()
-    wanted |= {"iw_bound"} if "--iw-samples" in flags else set()
-    assert set(test) == wanted and all(math.isfinite(value) for value in test.values())
-    assert protocol["pixels"] == ("binarised" if "--binarize" in flags else "grey")
+    test, protocol, binarize = metrics["test"], metrics["protocol"], "--binarize" in flags
+    assert protocol["pixels"] == ("binarised" if binarize else "grey") and protocol["K"] == (3 if binarize else None)
     assert protocol["recon"].startswith("Gaussian" if "mse" in flags else "Bernoulli")
-    assert protocol["K"] == (3 if "--iw-samples" in flags else None)
-    # The numbers are those of the model that was saved, on the test set that the protocol names.
     encoder, decoder, args = common.load_model(out)
     assert metrics["train"]["parameters"] == weights(encoder, decoder).numel()
-    data = common.load_mnist(ROOT / "data", limit=512, binarize="--binarize" in flags)
-    drawn = common.binarise(data.train_images) if "--binarize" in flags else data.train_images
-    images, pixels = data.test_images, [common.to_pixels(part).flatten(1) for part in (drawn, data.test_images)]
-    codes = [common.encode(encoder, part)[0] for part in (drawn, data.test_images)]
-    for name, (train_part, part) in {"pixel_probe": pixels, "probe": codes}.items():
-        accuracy = common.probe_accuracy(train_part, data.train_labels, part, data.test_labels)
-        assert test[f"{name}_accuracy"] == pytest.approx(accuracy, abs=5e-4)
+    data = common.load_mnist(ROOT / "data", limit=512, binarize=binarize)
+    if binarize:
+        data = data._replace(train_images=common.binarise(data.train_images))
+    (train_mu, _), (mu, logvar) = (common.encode(encoder, part) for part in (data.train_images, data.test_images))
     loss_fn = partial(ae.ae_loss if script is ae else vae.vae_loss, kind=args.recon)
-    again = common.evaluate(encoder, decoder, images, loss_fn)
-    for term in set(terms) - {"loss"}:
-        assert test[term] == float(row[f"test_{term}"]) == pytest.approx(again[term], rel=1e-5)
-    if "elbo" in terms:
-        assert test["elbo"] == pytest.approx(-test["recon"] - test["kl"])
-        assert test["active_units"] == common.active_units(common.encode(encoder, images)[0])
-        assert sum(per_latent) == pytest.approx(test["kl"], rel=1e-4) and min(per_latent) >= 0
-    if "iw_bound" in test:
-        assert test["elbo"] < test["iw_bound"] < test["elbo"] + 5
+    again = common.evaluate(encoder, decoder, data.test_images, loss_fn)
+    again |= common.representation_metrics(decoder, data, train_mu, mu)
+    again |= {"loss": float(row["test_loss"])}  # the objective's, with its schedule at the end
+    if "kl" in terms:
+        again |= {"active_units": (mu.var(dim=0) > 0.01).sum().item()}
+        assert test.pop("kl_per_latent") == pytest.approx(common.kl_per_latent(mu, logvar).tolist(), rel=1e-4)
+    if binarize:
+        assert test["elbo"] < test.pop("iw_bound") < test["elbo"] + 5
+    assert test == pytest.approx(again, rel=1e-4, abs=5e-4)
 
 
 # ---- Nothing lost: kills, full disks, damage, two runs at once -----------------------------------
@@ -613,17 +560,12 @@ vae.main({argv!r})
 """
 
 
-def run_until(name, target, call, argv, cwd):
-    """Run vae.py in a process that sends itself the signal of this name at a given call of a function."""
-    return run_process(["-c", DIE.format(signal=name, target=target, call=call, argv=argv)], cwd)
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     vae.main([*QUICK, "--epochs", "4", "--out", str(whole)])
     argv = [*QUICK, "--epochs", "4", "--resume", "killed"]  # one command line starts and goes on
-    for code, epoch, *moment in (
+    for code, epoch, name, target, call in (
         (-9, 0, "SIGKILL", "common.to_pixels", 3),  # in the first epoch: no checkpoint yet
         (130, 0, "SIGINT", "common.to_pixels", 5),  # nor here: nothing to draw
         (-9, 0, "SIGKILL", "common.os.replace", 2),  # a checkpoint written, but not yet moved into place
@@ -631,7 +573,7 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
         (-9, 1, "SIGKILL", "common.to_pixels", 27),  # in the middle of an epoch
         (130, 2, "SIGINT", "common.to_pixels", 70),  # after the next
     ):
-        done = run_until(*moment, argv, tmp_path)
+        done = run_process(["-c", DIE.format(signal=name, target=target, call=call, argv=argv)], tmp_path)
         assert done.returncode == code, done.stderr
         if code == 130:
             assert done.stderr == "vae.py: interrupted; go on with: python vae.py --resume killed\n"
@@ -640,14 +582,10 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
     assert json.loads((killed / "metrics.json").read_text())["train"]["epochs"] == 2
 
     vae.main(["--resume", str(killed)])  # with its own flags
-
+    one, other = read_checkpoint(whole), read_checkpoint(killed)
     for part in ("encoder", "decoder"):
-        for name, tensor in read_checkpoint(whole)[part].items():
-            assert torch.equal(tensor, read_checkpoint(killed)[part][name]), name
-    assert (
-        timeless(read_checkpoint(whole)["history"]) == timeless(read_checkpoint(killed)["history"])
-        and read_checkpoint(killed)["epoch"] == 4
-    )
+        assert all(torch.equal(tensor, other[part][name]) for name, tensor in one[part].items())
+    assert timeless(one["history"]) == timeless(other["history"]) and len(one["history"]) == 4
     assert {file.name for file in whole.iterdir()} == {file.name for file in killed.iterdir()}
 
 
@@ -672,29 +610,24 @@ def test_ctrl_c_goes_back_to_the_last_checkpoint_or_ends_where_there_is_none(mni
 
 def test_resume_keeps_flags_that_are_absent_zero_or_without_a_value_and_takes_new_ones(tmp_path, capsys):
     run = tmp_path / "run"
-    flags = [*QUICK, *"--binarize --capacity 0 --seed 7 --lr 1e-3 --epochs 1 --out".split(), str(run)]
-    beta_vae.main(flags)
+    beta_vae.main([*QUICK, *"--binarize --capacity 0 --seed 7 --lr 1e-3 --epochs 1 --out".split(), str(run)])
     kept = {"binarize": True, "capacity": 0, "seed": 7, "lr": 1e-3, "hidden_dims": NARROW, "limit": 1280}
     assert {**read_checkpoint(run)["args"], **kept, "iw_samples": None, "epochs": 1} == read_checkpoint(run)["args"]
     beta_vae.main(["--resume", str(run), "--epochs", "2", "--iw-samples", "2"])
     assert {**read_checkpoint(run)["args"], **kept, "iw_samples": 2, "epochs": 2} == read_checkpoint(run)["args"]
     assert "iw_bound" in json.loads((run / "metrics.json").read_text())["test"]
-    for wrong in ("--latent-dim 6", "--hidden-dims 4 8 8 8", "--out elsewhere"):
-        assert wrong.split()[0] in ends(beta_vae.main, ["--resume", run, *wrong.split()], capsys)
-    assert "holds a run of beta_vae.py" in ends(vae.main, ["--resume", run], capsys)
+    for flag, value in {"latent-dim": "6", "hidden-dims": "4 8 8 8", "out": "elsewhere"}.items():
+        error = ends(beta_vae.main, ["--resume", run, f"--{flag}", *value.split()], capsys)
+        assert flag in error.replace("_", "-")
+    assert "has script beta_vae.py, not vae.py" in ends(vae.main, ["--resume", run], capsys)
 
 
-class Evil:
-    def __reduce__(self):
-        return (open, ("pwned", "w"))
-
-
-def test_untrusted_checkpoints_are_refused_in_one_line(mnist, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(mnist, tmp_path, capsys):
     train(mnist, tmp_path, epochs=1)
     path = tmp_path / "checkpoint.pt"
     good = path.read_bytes()
-    for content in ({**torch.load(path), "evil": Evil()}, [1, 2], {"epoch": 1}, good[:-1000], b""):
+    foreign = {**torch.load(path), "more": Path("of a class that weights_only refuses")}
+    for content in (foreign, [1, 2], {"epoch": 1}, good[:-1000], b""):
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
@@ -702,28 +635,25 @@ def test_untrusted_checkpoints_are_refused_in_one_line(mnist, tmp_path, monkeypa
         assert "checkpoint.pt is damaged, or no checkpoint" in ends(vae.main, ["--resume", tmp_path], capsys)
         with pytest.raises(ValueError, match="damaged"):
             common.load_model(tmp_path)
-    assert not Path("pwned").exists()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(tmp_path, monkeypatch, capsys):
     resource = pytest.importorskip("resource", reason="needs a limit on file sizes")
-    monkeypatch.chdir(tmp_path)
-    vae.main([*QUICK, "--epochs", "1", "--out", "run"])
-    before = {file.name: file.read_bytes() for file in Path("run").iterdir()}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    train_model = common.train_model
+    vae.main([*QUICK, "--epochs", "1", "--out", str(tmp_path / "run")])
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    limits, train_model = resource.getrlimit(resource.RLIMIT_FSIZE), common.train_model
 
     def on_a_full_disk(*args):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # no file beyond 10 kB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # no file beyond 10 kB
         return train_model(*args)
 
     monkeypatch.setattr(common, "train_model", on_a_full_disk)
     try:
-        error = ends(vae.main, ["--resume", "run", "--epochs", "2"], capsys, code=1)
+        error = ends(vae.main, ["--resume", tmp_path / "run", "--epochs", "2"], capsys, code=1)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "File too large" in error and "--resume run" in error
-    after = {file.name: file.read_bytes() for file in Path("run").iterdir()}
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in error and f"--resume {tmp_path}" in error
+    after = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"history.csv"} and set(after) == set(before)
 
 
@@ -735,79 +665,68 @@ def test_divergence_names_the_term_and_keeps_the_last_good_checkpoint(mnist, tmp
 
     with pytest.raises(FloatingPointError, match="train_kl is nan in epoch 2: try an --lr below 0.002"):
         train(mnist, tmp_path, loss_fn=diverging_loss)
-    assert read_checkpoint(tmp_path)["epoch"] == 1 and all(
-        tensor.isfinite().all() for tensor in read_checkpoint(tmp_path)["encoder"].values()
-    )
+    encoder, decoder, _ = common.load_model(tmp_path)
+    assert read_checkpoint(tmp_path)["epoch"] == 1 and weights(encoder, decoder).isfinite().all()
     error = ends(vae.main, [*QUICK, "--lr", "1e30", "--out", tmp_path / "run"], capsys, code=1)
     assert "in epoch 1: try an --lr below 1e+30" in error and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @pytest.fixture
 def archives(tmp_path, monkeypatch):
-    """A copy of the four archives, on a machine without a network."""
+    """A copy of the four archives, and a mirror that serves what is put into a dictionary."""
+    served, raw = {}, Path(shutil.copytree(ROOT / "data" / "MNIST" / "raw", tmp_path / "MNIST" / "raw"))
 
-    def no_network(url, root, filename, md5):
-        if not common.check_integrity(Path(root) / filename, md5):
+    def download(url, root, filename, md5):
+        if filename in served:
+            (Path(root) / filename).write_bytes(served[filename])
+        elif not common.check_integrity(Path(root) / filename, md5):
             raise RuntimeError("no network")
 
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", no_network)
-    return Path(shutil.copytree(ROOT / "data" / "MNIST" / "raw", tmp_path / "MNIST" / "raw"))
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
+    return raw, served
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_a_bad_archive_is_named_and_never_trained_on(damage, archives, capsys):
-    archive, root = archives / "train-images-idx3-ubyte.gz", archives.parents[1]
+    archive, root = archives[0] / "train-images-idx3-ubyte.gz", archives[0].parents[1]
     content = bytearray(archive.read_bytes())
     content[5_000_000] ^= damage == "flipped"
     archive.unlink()
     if damage != "missing":
         archive.write_bytes(content[:-5] if damage == "truncated" else content)
     error = ends(vae.main, ["--data", root, "--out", root / "out"], capsys)
-    assert archive.name in error and str(archives) in error and "t10k" not in error
+    assert archive.name in error and str(archives[0]) in error and "t10k" not in error
     assert not (root / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 100, bytes([0, 0, 8, 3, 0, 0, 234, 96, 0, 0, 0, 28, 0, 0, 0, 28])])
-def test_damaged_unpacked_files_are_never_read(content, archives):
-    for archive in archives.glob("*.gz"):
-        archive.with_suffix("").write_bytes(content)
-    data = common.load_mnist(archives.parents[1])
-    assert len(data.train_images) == 60_000 and len(data.test_images) == 10_000
+def test_a_missing_archive_is_downloaded_and_kept_and_unpacked_files_are_never_read(archives):
+    raw, served = archives
+    labels = raw / "t10k-labels-idx1-ubyte.gz"
+    content = served[labels.name] = labels.read_bytes()
+    labels.unlink()
+    for archive in raw.glob("*.gz"):
+        archive.with_suffix("").write_bytes(bytes([0, 0, 8, 3, 0, 0, 234, 96, 0, 0, 0, 28, 0, 0, 0, 28]))
+    data = common.load_mnist(raw.parents[1])
+    assert labels.read_bytes() == content and len(data.train_images) == 60_000 and len(data.test_images) == 10_000
     assert data.train_images.float().mean().item() == pytest.approx(33.3184, abs=1e-3)
     assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9] and data.test_labels[:3].tolist() == [7, 2, 1]
 
 
-def test_a_missing_archive_is_downloaded_once(archives, monkeypatch):
-    archive = archives / "t10k-labels-idx1-ubyte.gz"
-    content = archive.read_bytes()
-    archive.unlink()
-    monkeypatch.setattr(
-        "torchvision.datasets.utils.download_url",
-        lambda url, root, filename, md5: filename != archive.name or (Path(root) / filename).write_bytes(content),
-    )
-    common.load_mnist(archives.parents[1])
-    assert archive.read_bytes() == content
-
-
 def test_two_runs_never_get_one_folder(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl", reason="needs locks")
     monkeypatch.chdir(tmp_path)
+    args = common.make_parser("vae", vae.__doc__).parse_args([])
     with ThreadPoolExecutor(8) as pool:
-        claims = list(pool.map(lambda _: common.claim_folder(Path("runs/vae"), numbered=True), range(8)))
+        claims = list(pool.map(common.claim_folder, [args] * 8))
     assert {str(folder) for folder, _ in claims} == {"runs/vae", *(f"runs/vae-{i}" for i in range(2, 9))}
-    if common.fcntl:
-        for flag in ("--out", "--resume"):
-            assert "another run writes to runs/vae now" in ends(vae.main, [*QUICK, flag, "runs/vae"], capsys)
-        without = Mock(side_effect=OSError("No locks available"))  # as on Lustre and NFS: goes on without one
-        monkeypatch.setattr(common.fcntl, "flock", without)
-    Path("runs/vae/.checkpoint.pt.1.tmp").touch()  # of a killed run
-    for claim in (*claims, common.claim_folder(Path("runs/vae"), numbered=False)):
+    for flag in ("--out", "--resume"):
+        assert "another run writes to runs/vae now" in ends(vae.main, [*QUICK, flag, "runs/vae"], capsys)
+    # As on Lustre and NFS: goes on without a lock.
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError("No locks available")))
+    args.resume = "runs/vae"
+    for claim in (*claims, common.claim_folder(args)):
         claim[1].close()
     assert [file.name for file in Path("runs/vae").iterdir()] == [".lock"]
-
-
-def test_a_folder_on_no_drive_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(Path, "exists", lambda self: False)  # as on Windows, where not every path has a root
-    assert "Z:run is no folder that can be written to" in ends(vae.main, ["--out", "Z:run"], capsys)
 
 
 # ---- Refusals -----------------------------------------------------------------------------------
@@ -815,26 +734,21 @@ def test_a_folder_on_no_drive_is_refused(monkeypatch, capsys):
 WHOLE = ["0", "-1", "1.5", "two", "nan", "inf", "1e3", "99999999999999999999"]
 REAL = ["0", "-1", "nan", "inf", "-inf", "1e999", "two"]
 VALUES = {
-    "--epochs": WHOLE,
+    # Refused by scripts that have them for their value, by the others for the flag.
+    **dict.fromkeys(["--epochs", "--latent-dim", "--iw-samples"], WHOLE),
+    **dict.fromkeys(["--lr", "--beta"], REAL),
     "--batch-size": [*WHOLE, "257 --limit 256"],
     "--limit": [*WHOLE, "60001"],
-    "--latent-dim": WHOLE,
     "--seed": WHOLE[1:],
-    "--lr": REAL,
+    "--warmup": [*REAL[1:], "21 --epochs 20"],
+    "--capacity": REAL[1:],
     "--hidden-dims": ["4 8 8", "4 8 8 0", "4 8 8 nan", "4 8 8 16 32"],
     "--precision": ["fp16"],
     "--recon": ["l1"],
-    "--device": "gpu xpu cuda:99 cuda:-1 cuda:x mps:7 meta cuda:99999999999999999999".split(),
-    "--no-such-flag": [""],
-    "--epoch": ["3"],
+    "--device": "gpu xpu hpu cuda:99 cuda:-1 cuda:x mps:7 meta cuda:99999999999999999999".split(),
     "--out": ["file", "file/below", "occupied", "x" * 300],
     "--resume": ["file", "file/below", "x" * 300],
-    "--data": ["file"],
-    # Refused by scripts that have them for their value, by the others for the flag.
-    "--beta": REAL,
-    "--warmup": [*REAL[1:], "21 --epochs 20"],
-    "--capacity": REAL[1:],
-    "--iw-samples": WHOLE,
+    **dict.fromkeys(["--no-such-flag", "--epoch"], ["3"]),
 }
 
 
@@ -855,52 +769,53 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(script, flag, tmp_p
 # ---- Tools --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def make_run(tmp_path):
-    """Writes a metrics.json as a finished run leaves it, with numbers of one's own."""
-
-    def make(name, script="vae.py", seed=0, pixels="grey", epochs=2, k=None, test=(), **args):
-        args = {"epochs": 2, "seed": seed, "iw_samples": k, "latent_dim": 5, "out": name, **args}
-        baselines = {"probe_accuracy": 0.9, "mse": 0.01}
-        baselines |= {"pca_mse": 0.02, "pca_probe_accuracy": 0.8, "pixel_probe_accuracy": 0.86}
-        run = {
-            "args": args,
-            "protocol": {"pixels": pixels, "recon": "Bernoulli", "split": "60000", "K": k},
-            "test": {"recon": 70.0, **baselines, **dict(test)},
-            "train": {"epochs": epochs},
-            "environment": {"script": script, "precision": "float32"},
-        }
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.json").write_text(json.dumps(run))
-        return str(tmp_path / name)
-
-    return make
+def make_run(folder, script="vae.py", seed=0, pixels="grey", epochs=2, k=None, test=(), **args):
+    """A metrics.json as a finished run leaves it, with numbers of one's own; returns the folder."""
+    numbers = {"recon": 70.0, "probe_accuracy": 0.9, "mse": 0.01, "pca_mse": 0.02, "pca_probe_accuracy": 0.8}
+    run = {
+        "args": {"epochs": 2, "seed": seed, "iw_samples": k, "latent_dim": 5, "out": str(folder), **args},
+        "protocol": {"pixels": pixels, "recon": "Bernoulli", "split": "60000", "K": k},
+        "test": {**numbers, "pixel_probe_accuracy": 0.86, **dict(test)},
+        "train": {"epochs": epochs},
+        "environment": {"script": script, "precision": "float32"},
+    }
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(run))
+    return str(folder)
 
 
-def test_runs_that_differ_in_seed_alone_are_one_row_with_mean_and_deviation(make_run, tmp_path, capsys):
-    runs = [make_run(f"ae{seed}", "ae.py", seed, test={"recon": 50 + seed}) for seed in (0, 1, 2)]
+def test_runs_that_differ_in_seed_alone_are_one_row_and_other_protocols_have_tables_of_their_own(tmp_path, capsys):
+    runs = [make_run(tmp_path / f"ae{seed}", "ae.py", seed, test={"recon": 50 + seed}) for seed in (0, 1, 2)]
     for beta, seed, kl in ((4.0, 0, 10), (4.0, 1, 13), (8.0, 0, 6)):
         terms = {"recon": 80, "kl": kl, "elbo": -80 - kl, "active_units": 3}
-        runs.append(make_run(f"b{beta}-{seed}", "beta_vae.py", seed, beta=beta, test=terms))
+        runs.append(make_run(tmp_path / f"b{beta}-{seed}", "beta_vae.py", seed, beta=beta, test=terms))
+    for k in (50, 500):
+        test = {**terms, "iw_bound": -k / 10}
+        runs.append(make_run(tmp_path / f"k{k}", k=k, pixels="binarised", latent_dim=k, test=test))
     compare_runs.main([*runs, "--out", str(tmp_path)])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert lines[0] == "| model | seeds | recon | KL | ELBO | active units | probe % | 1000 MSE |"
-    assert lines[2].startswith("| AE | 3 | 51.00 ± 1.00 |  |  |")
+    first, second = capsys.readouterr().out.split("\nMNIST")[1:]
+    grey, binarised = ([line for line in part.splitlines() if line[0:1] == "|"] for part in (first, second))
+    assert grey[0] == "| model | seeds | recon | KL | ELBO | active units | probe % | 1000 MSE |" and len(grey) == 7
+    assert grey[2].startswith("| AE | 3 | 51.00 ± 1.00 |  |  |")
     row = "| beta-VAE, beta = 4 | 2 | 80.00 ± 0.00 | 11.50 ± 2.12 | -91.50 ± 2.12 | 3.0 ± 0.0 | 90.0 ±"
-    assert lines[3].startswith(row)
-    assert lines[4].startswith("| beta-VAE, beta = 8 | 1 | 80.00 | 6.00 | -86.00 | 3.0 | 90.0 | 10.00 |")
-    assert lines[5] == "| PCA, 5 components |  |  |  |  |  | 80.0 | 20.00 |" and len(lines) == 7
+    assert grey[3].startswith(row)
+    assert grey[4].startswith("| beta-VAE, beta = 8 | 1 | 80.00 | 6.00 | -86.00 | 3.0 | 90.0 | 10.00 |")
+    assert grey[5] == "| PCA, 5 components |  |  |  |  |  | 80.0 | 20.00 |"
+    assert "ELBO | IW bound, K = 50 | IW bound, K = 500 | active" in binarised[0]
+    assert binarised[2].startswith("| VAE, iw_samples 50, latent_dim 50 | 1 |") and "| -5.00 |  |" in binarised[2]
     tex = (tmp_path / "comparison.tex").read_text()
-    assert r"$\beta$-VAE, $\beta = 4$ & $80.00$ & $11.50$ & $-91.50$" in tex and tex.count(r"\toprule") == 1
+    assert r"$\beta$-VAE, $\beta = 4$ & $80.00$ & $11.50$ & $-91.50$" in tex and tex.count(r"\toprule") == 2
     assert r"\scriptsize $n = 2$ & \scriptsize $\pm$0.00 & \scriptsize $\pm$2.12 & \scriptsize $\pm$2.12" in tex
-    assert imread(tmp_path / "rate_distortion.png").std() > 0.01 and (tmp_path / "rate_distortion.pdf").exists()
+    assert imread(tmp_path / "rate_distortion.png").std() > 0.01
 
 
-def test_the_table_and_the_figure_fit_a_column_of_a_paper(make_run, tmp_path):
+def test_the_table_and_the_figure_fit_a_column_of_a_paper(tmp_path):
     terms = {"recon": 97.97, "kl": 10.05, "elbo": -108.02, "active_units": 10, "mse": 0.01446, "iw_bound": -104.5}
-    betas, test = (0.5, 4.0, 8.0), {"pixels": "binarised", "k": 500, "test": terms}
-    runs = [make_run(f"v{seed}", seed=seed, **test) for seed in range(3)]
-    runs += [make_run(f"b{b}-{s}", "beta_vae.py", s, beta=b, latent_dim=9, **test) for b in betas for s in range(3)]
+    test = {"pixels": "binarised", "k": 500, "test": terms}
+    runs = [make_run(tmp_path / f"v{seed}", seed=seed, **test) for seed in range(3)]
+    for i in range(9):
+        more = {"beta": (0.5, 4.0, 8.0)[i // 3], "latent_dim": 9, **test}
+        runs.append(make_run(tmp_path / f"b{i}", "beta_vae.py", i % 3, **more))
     compare_runs.main([*runs, "--out", str(tmp_path)])
     pdf = (tmp_path / "rate_distortion.pdf").read_bytes()
     assert float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf)[1]) == 3.25 * 72
@@ -914,24 +829,9 @@ def test_the_table_and_the_figure_fit_a_column_of_a_paper(make_run, tmp_path):
     assert all(float(points) <= 1 for points in overfull)
 
 
-def test_numbers_of_other_protocols_never_share_a_column(make_run, tmp_path, capsys):
-    terms = {"kl": 20, "elbo": -90, "active_units": 5}
-    grey = [make_run("grey", test=terms), make_run("wide", test=terms, latent_dim=9)]
-    binarised = [make_run(f"k{k}", k=k, pixels="binarised", test={**terms, "iw_bound": -k / 10}) for k in (50, 500)]
-    compare_runs.main([*grey, *binarised, "--out", str(tmp_path)])
-    output = capsys.readouterr().out
-    assert "not comparable" in output and "binarised pixels" in output and "grey pixels" in output
-    header = "| model | seeds | recon | KL | ELBO | {}active units | probe % | 1000 MSE |"
-    first, second = output.split("| model |")[1:]
-    assert header.format("") in output and "IW" not in first
-    assert "| VAE, latent_dim 5 | 1 |" in first and "| VAE, latent_dim 9 | 1 |" in first
-    assert header.format("IW bound, K = 50 | IW bound, K = 500 | ") in output
-    assert "| -5.00 |  |" in second and "|  | -50.00 |" in second
-
-
-def test_what_is_no_finished_run_is_refused_in_one_line(make_run, tmp_path, capsys):
-    good = make_run("good")
-    for bad in (make_run("stopped", epochs=1, seed=5), make_run("twice"), str(tmp_path), str(tmp_path / "none")):
+def test_what_is_no_finished_run_is_refused_in_one_line(tmp_path, capsys):
+    good, twice = make_run(tmp_path / "good"), make_run(tmp_path / "twice")
+    for bad in (make_run(tmp_path / "stopped", epochs=1, seed=5), twice, str(tmp_path), str(tmp_path / "none")):
         assert bad in ends(compare_runs.main, [good, bad, "--out", tmp_path], capsys)
     assert not (tmp_path / "comparison.tex").exists()
 
@@ -941,11 +841,5 @@ def test_both_loops_of_the_benchmark_train_and_report_their_rates(capsys):
     rate, memory = benchmark.textbook(args, torch.device("cpu"))
     our_rate, our_memory, seconds, loss = benchmark.ours(args, torch.device("cpu"), test_images=10)
     assert min(rate, memory, our_rate, our_memory, seconds) > 0 and 100 < loss < 1000
-    # A convolution's products, twice for a multiplication and an addition, thrice for the two gradients,
-    # but for the first layer's, whose input needs none.
-    args = benchmark.default_args("")
-    forward = 16 * 2 * (256 * 32 + 64 * 32 * 64 + 16 * 64 * 128 + 4 * 128 * 256)  # the encoder's convolutions
-    forward += 16 * 2 * (16 * 256 * 128 + 64 * 128 * 64 + 256 * 64 * 32) + 9 * 2 * 1024 * 32  # the decoder's
-    forward += 2 * (2 * 1024 * 20 + 20 * 4096)  # the linear layers
-    assert benchmark.count_flops(args) == 3 * forward - 16 * 2 * 256 * 32
+    assert benchmark.count_flops(benchmark.default_args("")) == 191_774_720  # an image's, counted by hand
     assert "gpu cannot be used" in ends(benchmark.main, ["--device", "gpu"], capsys)

@@ -45,7 +45,7 @@ def main(argv=None):
             data = data._replace(train_images=common.binarise(data.train_images))  # once, as the test images are
         train_mu, _ = common.encode(encoder, data.train_images)
         test = common.representation_metrics(decoder, data, train_mu, mu)
-        test["active_units"] = common.active_units(mu)
+        test["active_units"] = (mu.var(dim=0) > 0.01).sum().item()  # Burda et al. (2016)
         test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
         common.save_metrics(encoder, decoder, data, test, history, args, out)
         common.plot_loss_curves(history, {"loss": "$-$ELBO", "recon": "reconstruction", "kl": "KL"}, out)

@@ -32,7 +32,7 @@ METRICS = {  # heading, the same in LaTeX, its unit there, decimals, factor
 
 def read_runs(parser, folders):
     """The metrics.json of each folder; what is no finished run, or there twice, ends in one line."""
-    runs, seen = [], {}
+    runs = {}
     for folder in folders:
         try:
             run = json.loads((Path(folder) / "metrics.json").read_text())
@@ -42,11 +42,10 @@ def read_runs(parser, folders):
             parser.error(f"argument RUN: {folder} holds no finished run: {error}")
         if done < planned:
             parser.error(f"argument RUN: {folder} stopped after {done} of {planned} epochs")
-        if identity in seen:
-            parser.error(f"argument RUN: {folder} and {seen[identity]} are the same run, seed and all")
-        seen[identity] = folder
-        runs.append(run)
-    return runs
+        if identity in runs:
+            parser.error(f"argument RUN: {folder} and {runs[identity][0]} are the same run, seed and all")
+        runs[identity] = folder, run
+    return [run for _, run in runs.values()]
 
 
 def settings(run):
@@ -135,18 +134,16 @@ def plot_rate_distortion(tables, out):
     """KL against recon, a marker a run, a panel a protocol; along a grey line the ELBO is the same."""
     panels = {}
     for key, groups in tables.items():
-        tests = {label: [run["test"] for run in members] for label, members in groups.items()}
-        points = {
-            label: [(test["kl"], test["recon"]) for test in own] for label, own in tests.items() if "kl" in own[0]
-        }
-        panels |= {key: points} if points else {}
+        tests = {label: [run["test"] for run in own] for label, own in groups.items() if "kl" in own[0]["test"]}
+        panels |= {key: tests} if tests else {}
     if not panels:
         return
     plain = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
     title, height = "Along a grey line the ELBO is the same", 0.8 * common.WIDTH * len(panels)
-    with common.new_figure(out, "rate_distortion", title, height) as figure:
-        for ax, (key, points) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
+    with common.new_figure(out, "rate_distortion", title, height, len(panels)) as axes:
+        for ax, (key, tests) in zip(axes, panels.items()):
             ax.margins(0.15)
+            points = {label: [(test["kl"], test["recon"]) for test in own] for label, own in tests.items()}
             for label, own in points.items():
                 colour = "C0" if label.startswith("VAE") else "C1"
                 ax.plot(*zip(*own), "o", color=colour, markersize=3, markeredgewidth=0)
