@@ -209,7 +209,7 @@ def keep_freed_memory():
 
 
 class BiasApart(TorchFunctionMode):
-    """Has transposed convolutions add their bias apart: on CPUs its bfloat16 gradient takes a tenth of a step."""
+    """Has transposed convolutions add their bias apart: on CPUs oneDNN's bfloat16 gradient of it is slow."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.conv_transpose2d:
@@ -262,7 +262,6 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     index = torch.zeros(args.batch_size, dtype=torch.int64, device=device)  # of the step's images
     progress = torch.zeros((), device=device) if progress is None else progress
     totals = defaultdict(lambda: torch.zeros((), device=device))  # on the device: reading them would stall each step
-
     cast = torch.autocast(device.type, torch.bfloat16) if narrow else contextlib.nullcontext()
     apart = BiasApart() if narrow and device.type == "cpu" else contextlib.nullcontext()
 
@@ -349,9 +348,8 @@ def as_cuda_graph(step, parameters, optimizer):
 
 def show_progress(history, epoch, args, done, steps, elapsed):
     """Speed and time left, after `done` of `steps` of an epoch; test terms are the last epoch's."""
-    rate = done * args.batch_size / elapsed
     left = elapsed / done * ((args.epochs - epoch + 1) * steps - done)
-    line = f"epoch {epoch}/{args.epochs}  {rate:,.0f} images/s  {left:.0f} s left"
+    line = f"epoch {epoch}/{args.epochs}  {done * args.batch_size / elapsed:,.0f} images/s  {left:.0f} s left"
     if history:
         test = {name: value for name, value in history[-1].items() if name.startswith("test_")}
         line += "  test" + "".join(f" {name.removeprefix('test_')} {value:.2f}" for name, value in test.items())
@@ -796,8 +794,7 @@ def parse_args(parser, argv=None):
     with parser.refusing("--resume"):
         if args.resume and (Path(args.resume) / "checkpoint.pt").exists():
             saved = read_checkpoint(args.resume)["args"]
-            own = ("out", "resume", "script")
-            parser.set_defaults(**{name: value for name, value in saved.items() if name not in own})
+            parser.set_defaults(**{name: saved[name] for name in saved.keys() - {"out", "resume", "script"}})
             args = parser.parse_args(argv)
             for name in ("script", "latent_dim", "hidden_dims"):
                 if getattr(args, name) != saved[name]:
