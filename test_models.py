@@ -548,6 +548,15 @@ def test_a_script_leaves_every_figure_and_the_numbers_of_the_model_it_saved(scri
     assert test == pytest.approx(again, rel=1e-4, abs=5e-4)
 
 
+@pytest.mark.parametrize("script", [vae, beta_vae], ids=["vae", "beta_vae"])
+def test_active_units_are_those_whose_mean_varies_over_images(script, tmp_path, monkeypatch):
+    scales = torch.tensor([1, 0.2, 0.05, 0.02, 0])  # variances of 1, 0.04, and of less than 0.01
+    codes = {size: (3 + scales * torch.randn(size, 5), torch.zeros(size, 5)) for size in (1280, 10_000)}
+    monkeypatch.setattr(common, "encode", lambda encoder, images: codes[len(images)])
+    script.main([*QUICK, "--epochs=1", "--out", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["active_units"] == 2
+
+
 # ---- Nothing lost: kills, full disks, damage, two runs at once -----------------------------------
 
 DIE = """
