@@ -785,7 +785,7 @@ def add_likelihood_flags(parser):
     """The flags of models that bound log p(x)."""
     likelihood = parser.add_argument_group("likelihood")
     likelihood.add_argument("--binarize", action="store_true", help="draw each pixel from Bernoulli(pixel)")
-    likelihood.add_argument("--iw-samples", metavar="K", type=positive_int, help="of the importance-weighted bound")
+    likelihood.add_argument("--iw-samples", metavar="K", type=positive_int, help="samples an image of the IW bound")
 
 
 def parse_args(parser, argv=None):
