@@ -561,6 +561,7 @@ def test_active_units_are_those_whose_mean_varies_over_images(script, tmp_path, 
 
 DIE = """
 import os, signal, common, vae
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they run in the background
 calls, real = 0, {target}
 def dying(*args, **kwargs):
     global calls
