@@ -49,8 +49,7 @@ def load_mnist(root, device="cpu", limit=None, binarize=False):
     """
     raw = Path(root) / "MNIST" / "raw"
     absent = [name for name, md5 in MNIST.resources if not check_integrity(raw / name, md5)]
-    # Unpacked anew in a folder of this process alone: no damaged or half-written file is ever
-    # trained on, and two runs that start together do not meet.
+    # Unpacked anew in a folder of this process alone: no damaged file is ever trained on, and two runs never meet.
     with tempfile.TemporaryDirectory() as private:
         unpacked = Path(private) / "MNIST" / "raw"
         unpacked.mkdir(parents=True)
@@ -631,8 +630,7 @@ def read_checkpoint(folder):
     path = Path(folder) / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # a pickle that runs code is refused
-        names = "model_name", "args", "epoch", "history", "encoder", "decoder", "optimizer"
-        return {name: checkpoint[name] for name in names}
+        return {name: checkpoint[name] for name in "model_name args epoch history encoder decoder optimizer".split()}
     except OSError:
         raise
     except Exception as error:  # damaged bytes raise all sorts of errors
@@ -668,14 +666,16 @@ def save_metrics(encoder, decoder, data, test, history, args, out):
     device, seconds = data.test_images.device, sum(row["seconds"] for row in history)
     seen = len(history) * (len(data.train_images) // args.batch_size) * args.batch_size
     terms = {name.removeprefix("test_"): value for name, value in history[-1].items() if name.startswith("test_")}
+    kinds = {"bce": "Bernoulli: binary cross-entropy", "mse": "Gaussian of unit variance: half the squared error"}
     protocol = {
         "split": f"trained on {len(data.train_images)} MNIST images, tested on {len(data.test_images)}",
         "pixels": "binarised" if args.binarize else "grey",
-        "recon": {"bce": "Bernoulli: cross-entropy", "mse": "Gaussian: half the squared error"}[args.recon],
+        "recon": f"{kinds[args.recon]}, summed over pixels",
         "z": "one sample of q(z|x) an image" if "kl" in terms else "the code itself",
         "K": args.iw_samples if "iw_bound" in test else None,
         "seed": args.seed,
     }
+    protocol |= {"mse": "per pixel, from the mean code", "evaluation_seed": EVAL_SEED, "units": "nats per image"}
     train = {"epochs": len(history), "seconds": seconds, "images_per_second": seen / seconds}
     train["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     train["parameters"] = sum(parameter.numel() for model in (encoder, decoder) for parameter in model.parameters())
