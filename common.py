@@ -281,8 +281,7 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
         for epoch in range(len(history) + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
             start = time.perf_counter()
-            # Which images are left over differs from epoch to epoch.
-            order = torch.randperm(len(images), device=device)[: steps * args.batch_size]
+            order = torch.randperm(len(images), device=device)[: steps * args.batch_size]  # what is left over varies
             for total in totals.values():
                 total.zero_()
             for step, batch in enumerate(order.split(args.batch_size)):
@@ -402,8 +401,9 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
             log_ratio = 0.5 * (eps.square() + log_variance - z.square()).sum(dim=1)
             log_w.append(log_ratio - reconstruction_term(decoder.logits(z), x, kind))  # (B,)
         total += (torch.stack(log_w).logsumexp(dim=0) - math.log(k)).sum()  # over samples; over images
-        if start % 1000 == 0:
-            print(f"bound of {k} samples: {start + len(batch)}/{len(images)} images", flush=True)
+        done = start + len(batch)
+        if done % 1000 == 0:
+            print(f"bound of {k} samples: {done}/{len(images)} images", flush=True)
     return total.item() / len(images)
 
 
@@ -552,8 +552,7 @@ def plot_latent_space(train_mu, train_labels, mu, labels, out):
         title += ", along the two\nlinear discriminants of the training codes"
     with new_figure(out, "latent_space", title, 0.9 * WIDTH) as (ax,):
         # In the test set's order, so that no digit is drawn on top of all others; a bitmap in the PDF too.
-        colours = [DIGIT_COLOURS[label] for label in labels]
-        ax.scatter(*points.T.numpy(), s=1.5, linewidths=0, c=colours, rasterized=True)
+        ax.scatter(*points.T.numpy(), s=1.5, linewidths=0, c=[DIGIT_COLOURS[i] for i in labels], rasterized=True)
         halo = [withStroke(linewidth=2, foreground="white")]
         for digit in labels.unique().tolist():  # where two groups coincide, the legend tells them apart
             where = points[labels == digit].median(dim=0).values.tolist()
@@ -570,7 +569,8 @@ def plot_kl_per_dimension(mu, logvar, out):
     with new_figure(out, "kl_per_dimension", f"Sum over latents: {kl.sum():.1f} nats", 0.5 * WIDTH) as (ax,):
         ax.bar(range(len(kl)), kl.tolist())
         ax.set(xlabel="latents, sorted by their KL", ylabel="KL (nats per image)")
-        ax.set_xticks(range(len(kl)), order.tolist() if len(kl) <= 30 else [])  # as long as their numbers have room
+        every = math.ceil(len(kl) / 30)  # as many numbers as have room
+        ax.set_xticks(range(0, len(kl), every), order[::every].tolist())
 
 
 def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
@@ -578,11 +578,10 @@ def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
     kl, order = (values[:rows] for values in kl_per_latent(mu, logvar).sort(descending=True))
     values = torch.linspace(-3, 3, columns, device=mu.device)
     z = mu[0].repeat(len(order), columns, 1)  # (rows, columns, latent_dim)
-    z[range(len(order)), :, order] = values
+    z[torch.arange(len(order), device=z.device), :, order] = values
     row_labels = [f"$z_{{{latent}}}$  {nats:.1f} nats" for latent, nats in zip(order.tolist(), kl.tolist())]
     labels = row_labels, [f"{value:g}" for value in values.tolist()], "value of the latent", "latent, sorted by its KL"
-    title = "One latent moved,\nthe others at a test image's code"
-    plot_grid(decode_grid(decoder, z), out, "traversals", title, *labels)
+    plot_grid(decode_grid(decoder, z), out, "traversals", "One latent moved,\nothers at a test image's code", *labels)
 
 
 def plot_manifold(decoder, out, steps=20):
@@ -681,10 +680,10 @@ def save_metrics(encoder, decoder, data, test, history, args, out):
     train["parameters"] = sum(parameter.numel() for model in (encoder, decoder) for parameter in model.parameters())
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
     precision = pick_precision(device, args.precision)[0]
-    environment = {"script": args.script, "device": device_name(device), "precision": precision, **versions}
     metrics = {"args": vars(args), "protocol": protocol, "test": terms | test, "train": train}
+    metrics["environment"] = {"script": args.script, "device": device_name(device), "precision": precision} | versions
     with replacing(Path(out) / "metrics.json") as beside:
-        beside.write_text(json.dumps({**metrics, "environment": environment}, indent=2) + "\n")
+        beside.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def claim_folder(args):
@@ -702,8 +701,6 @@ def claim_folder(args):
             number += 1
             folder = first.with_name(f"{first.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
-    if not args.resume and any(path.name != ".lock" for path in folder.iterdir()):
-        raise OSError(f"{folder} is not empty; name another one")
     lock = open(folder / ".lock", "w")
     try:
         import fcntl
@@ -799,6 +796,9 @@ def parse_args(parser, argv=None):
             for name in ("script", "latent_dim", "hidden_dims"):
                 if getattr(args, name) != saved[name]:
                     raise ValueError(f"the run in {args.resume} has {name} {saved[name]}, not {getattr(args, name)}")
+    with parser.refusing("--out"):
+        if "out" in args and Path(args.out).exists() and any(path.name != ".lock" for path in Path(args.out).iterdir()):
+            raise OSError(f"{args.out} is not empty; name another one")
     if args.batch_size > args.limit:
         parser.error(f"argument --batch-size: {args.batch_size} is more than the {args.limit} training images")
     return args

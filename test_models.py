@@ -702,14 +702,15 @@ def archives(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_a_bad_archive_is_named_and_never_trained_on(damage, archives, capsys):
-    archive, root = archives[0] / "train-images-idx3-ubyte.gz", archives[0].parents[1]
+    raw, _ = archives
+    archive, root = raw / "train-images-idx3-ubyte.gz", raw.parents[1]
     content = bytearray(archive.read_bytes())
     content[5_000_000] ^= damage == "flipped"
     archive.unlink()
     if damage != "missing":
         archive.write_bytes(content[:-5] if damage == "truncated" else content)
     error = ends(vae.main, ["--data", root, "--out", root / "out"], capsys)
-    assert archive.name in error and str(archives[0]) in error and "t10k" not in error
+    assert archive.name in error and str(raw) in error and "t10k" not in error
     assert not (root / "out").exists()
 
 
@@ -760,7 +761,7 @@ VALUES = {
     "--precision": ["fp16"],
     "--recon": ["l1"],
     "--device": "gpu xpu hpu cuda:99 cuda:-1 cuda:x mps:7 meta cuda:99999999999999999999".split(),
-    "--out": ["file", "file/below", "occupied", "x" * 300],
+    "--out": ["file", "file/below", "occupied", "occupied --data file", "x" * 300],  # before the data is looked at
     "--resume": ["file", "file/below", "x" * 300],
     **dict.fromkeys(["--no-such-flag", "--epoch"], ["3"]),
 }
