@@ -224,15 +224,13 @@ def seed_epoch(seed, epoch):
 
 
 def learning_rate(step, total_steps, peak):
-    """Linear warm-up over the first tenth of the steps, then a cosine to zero."""
+    """Linear warm-up over the first tenth of the steps, then linear to zero."""
     warmup = max(1, total_steps // 10)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup)))
+    return peak * min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
 
 
 def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
-    """Train on data.train_images with Adam; after each epoch test, and write history and checkpoint to `out`.
+    """Train on data.train_images with AdamW; after each epoch test, and write history and checkpoint to `out`.
 
     loss_fn(encoder, decoder, x): x (B, 1, 28, 28) in [0, 1]; returns the loss and its named terms, nats per image.
     args: epochs, batch_size, lr, seed, precision, binarize, resume (goes on from the checkpoint in `out`, if any).
@@ -254,7 +252,9 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     parameters = [*encoder.parameters(), *decoder.parameters()]
     # A CUDA graph reads what changes from step to step out of tensors, so there Adam keeps its rate in one.
     rate = torch.tensor(args.lr, device=device) if on_cuda else args.lr
-    optimizer = torch.optim.Adam(parameters, lr=rate, fused=True, capturable=on_cuda)
+    recipe = {"lr": rate, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW(parameters, **recipe, fused=True, capturable=on_cuda)
+    nn.init.constant_(decoder.last_layer[0].bias, to_pixels(images).mean().logit().item())  # starts at the mean image
     history = restore(encoder, decoder, optimizer, out) if args.resume else []
 
     steps = len(images) // args.batch_size  # full batches only
@@ -773,7 +773,7 @@ def make_parser(name, doc):
     fit = parser.add_argument_group("optimization")
     fit.add_argument("--epochs", metavar="N", type=positive_int, default=20, help="passes over the training images")
     fit.add_argument("--batch-size", metavar="N", type=positive_int, default=128, help="images per step")
-    fit.add_argument("--lr", type=positive_float, default=2e-3, help="peak learning rate of Adam")
+    fit.add_argument("--lr", type=positive_float, default=3e-3, help="peak learning rate of AdamW")
     parser.set_defaults(script=parser.prog, binarize=False, iw_samples=None)
     return parser
 

@@ -373,7 +373,7 @@ def test_bfloat16_trains_to_the_loss_of_float32_which_casts_nothing(mnist, tmp_p
 @pytest.mark.parametrize("kind", ["cpu", "mps"])
 def test_convolutions_are_laid_out_for_the_cpu_and_left_alone_on_mps(kind, mnist, tmp_path, monkeypatch):
     adam, models = Mock(side_effect=NotImplementedError), build()  # as far as a machine without MPS can go
-    monkeypatch.setattr(torch.optim, "Adam", adam)
+    monkeypatch.setattr(torch.optim, "AdamW", adam)
     with pytest.raises(NotImplementedError):
         data = mnist._replace(train_images=Mock(device=torch.device(kind)))
         common.train_model(*models, data, vae.vae_loss, Mock(precision="auto"), tmp_path)
@@ -423,7 +423,10 @@ def test_a_gpu_that_cannot_work_is_left_by_auto_with_the_reason_and_refused_by_n
 def test_training_equals_the_textbook_loop_with_the_same_seeds_and_rates(mnist, tmp_path):
     *models, history = train(mnist, tmp_path, "--precision=fp32", "--lr=1e-2")
     trained, models = weights(*models), build()
-    optimizer = torch.optim.Adam([parameter for model in models for parameter in model.parameters()])
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.1)
+    mean = common.to_pixels(mnist.train_images).mean()
+    models[1].last_layer[0].bias.data.fill_((mean / (1 - mean)).log())  # a decoder that says the mean pixel
     for epoch in (0, 1):
         common.seed_epoch(0, epoch + 1)
         for step, batch in enumerate(torch.randperm(512).split(64)):
@@ -437,11 +440,10 @@ def test_training_equals_the_textbook_loop_with_the_same_seeds_and_rates(mnist, 
 
 
 def test_learning_rate_warms_up_over_a_tenth_and_falls_to_zero():
-    rates = [common.learning_rate(step, 1000, 2e-3) for step in range(1000)]
-    assert rates[99] == max(rates) == 2e-3 and 0 < rates[-1] < 1e-7
-    assert rates[49] == pytest.approx(1e-3) and rates[549] == pytest.approx(1e-3, rel=0.01)
-    assert rates[324] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi / 4)), rel=0.01)
-    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
+    rates = [common.learning_rate(step, 1000, 2e-3) for step in range(1001)]
+    assert rates[99] == rates[100] == max(rates) == 2e-3 and rates[1000] == 0
+    straight = [*torch.linspace(2e-5, 2e-3, 100).tolist(), *torch.linspace(2e-3, 0, 901).tolist()]
+    assert rates == pytest.approx(straight, abs=1e-9)
     assert common.learning_rate(0, 1, 2e-3) == 2e-3  # a run of one step
 
 
@@ -677,7 +679,7 @@ def test_divergence_names_the_term_and_keeps_the_last_good_checkpoint(mnist, tmp
         good = not (tmp_path / "checkpoint.pt").exists()  # fine in the first epoch
         return loss, {**terms, "kl": terms["kl"] * (1 if good else math.nan)}
 
-    with pytest.raises(FloatingPointError, match="train_kl is nan in epoch 2: try an --lr below 0.002"):
+    with pytest.raises(FloatingPointError, match="train_kl is nan in epoch 2: try an --lr below 0.003"):
         train(mnist, tmp_path, loss_fn=diverging_loss)
     encoder, decoder, _ = common.load_model(tmp_path)
     assert read_checkpoint(tmp_path)["epoch"] == 1 and weights(encoder, decoder).isfinite().all()
