@@ -6,7 +6,7 @@ Hinton & Salakhutdinov, "Reducing the Dimensionality of Data with Neural Network
 
     python ae.py --epochs 20 --device cuda
 
-Test recon 57.83 +- 0.17 nats, MSE 0.00437 per pixel: grey pixels, 10 epochs, seeds 0 to 2,
+Test recon 56.90 +- 0.03 nats, MSE 0.00399 per pixel: grey pixels, 10 epochs, seeds 0 to 2,
 bfloat16 on a CPU core (AMD EPYC, Zen 5), torch 2.15.0.
 """
 
