@@ -37,27 +37,30 @@ def sample_codes(codes, n):
 
 
 def main(argv=None):
-    parser = common.make_parser("ae", __doc__)
+    parser = common.make_parser(__file__, __doc__)
     args = common.parse_args(parser, argv)
     with common.start_run(parser, args) as (data, out):
-        device, images, labels = data.train_images.device, data.test_images, data.test_labels
+        device = data.train_images.device
         common.seed_epoch(args.seed, 0)
         encoder = Encoder(args.hidden_dims, args.latent_dim, "AE").to(device)
         decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
+        decoder.start_at_mean(data.train_images)
         loss_fn = partial(ae_loss, kind=args.recon)
         history = common.train_model(encoder, decoder, data, loss_fn, args, out)
 
-        mu, _ = common.encode(encoder, images)
+        mu, _ = common.encode(encoder, data.test_images)
         train_mu, _ = common.encode(encoder, data.train_images)
         test = common.representation_metrics(decoder, data, train_mu, mu)
         common.save_metrics(encoder, decoder, data, test, history, args, out)
-        common.plot_loss_curves(history, {"recon": "reconstruction"}, out)
-        common.plot_reconstructions(decoder, mu, images, labels, out)
+        common.plot_loss_curves(history, {"recon": "reconstruction"}, data, out)
+        common.plot_reconstructions(decoder, mu, data, out)
         torch.manual_seed(common.EVAL_SEED)
-        samples = decode_grid(decoder, sample_codes(mu, 100).view(10, 10, -1))
-        common.plot_grid(samples, out, "samples", "Samples of a Gaussian fitted to the codes: an AE has no prior")
-        common.plot_interpolations(decoder, mu, labels, out)
-        common.plot_latent_space(train_mu, data.train_labels, mu, labels, out)
+        samples = decode_grid(decoder, sample_codes(train_mu, 100).view(10, 10, -1))
+        title = f"{data.name}: samples of a Gaussian fitted to\nthe training codes, since an AE has no prior"
+        common.plot_grid(samples, out, "samples", title)
+        common.plot_interpolations(decoder, mu, data, out)
+        common.plot_latent_space(train_mu, mu, data, out)
+    return out
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def beta_vae_loss(encoder, decoder, x, beta, progress=1.0, warmup=0.0, capacity=
 
 
 def main(argv=None):
-    parser = common.make_parser("beta_vae", __doc__)
+    parser = common.make_parser(__file__, __doc__)
     objective = parser.add_argument_group("objective")
     objective.add_argument("--beta", type=common.positive_float, default=4.0, help="weight of the KL term")
     epochs = {"metavar": "EPOCHS", "type": common.positive_or_zero, "default": 0.0}
@@ -57,38 +57,40 @@ def main(argv=None):
     if args.warmup > args.epochs:
         parser.error(f"argument --warmup: {args.warmup:g} epochs of a run of {args.epochs}")
     with common.start_run(parser, args) as (data, out):
-        device, images, labels = data.train_images.device, data.test_images, data.test_labels
+        device = data.train_images.device
         common.seed_epoch(args.seed, 0)
         encoder = Encoder(args.hidden_dims, args.latent_dim, "VAE").to(device)
         decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
+        decoder.start_at_mean(data.train_images)
         progress = torch.zeros((), device=device)  # train_model keeps it at the share of the training done
         schedule = {"progress": progress, "warmup": args.warmup / args.epochs, "capacity": args.capacity}
         loss_fn = partial(beta_vae_loss, beta=args.beta, **schedule, kind=args.recon)
         history = common.train_model(encoder, decoder, data, loss_fn, args, out, progress)
 
-        mu, logvar = common.encode(encoder, images)
+        mu, logvar = common.encode(encoder, data.test_images)
         if args.binarize:
-            data = data._replace(train_images=common.binarise(data.train_images))  # once, as the test images are
+            data = data._replace(train_images=common.binarize_once(data.train_images))  # once, as the test images are
         train_mu, _ = common.encode(encoder, data.train_images)
         test = common.representation_metrics(decoder, data, train_mu, mu)
         test["active_units"] = (mu.var(dim=0) > 0.01).sum().item()  # Burda et al. (2016)
         test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
         common.save_metrics(encoder, decoder, data, test, history, args, out)
-        titles = {"loss": f"objective, $\\beta$ = {args.beta:g}", "elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
-        common.plot_loss_curves(history, titles, out)
-        common.plot_reconstructions(decoder, mu, images, labels, out)
+        labels = {"loss": f"objective, $\\beta$ = {args.beta:g}", "elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
+        common.plot_loss_curves(history, labels, data, out)
+        common.plot_reconstructions(decoder, mu, data, out)
         torch.manual_seed(common.EVAL_SEED)
         samples = decode_grid(decoder, torch.randn(10, 10, args.latent_dim).to(device))
-        common.plot_grid(samples, out, "samples", r"Samples, $z \sim N(0, I)$")
-        common.plot_interpolations(decoder, mu, labels, out)
-        common.plot_latent_space(train_mu, data.train_labels, mu, labels, out)
-        common.plot_kl_per_dimension(mu, logvar, out)
-        common.plot_traversals(decoder, mu, logvar, out)
+        common.plot_grid(samples, out, "samples", f"{data.name}: samples, $z \\sim N(0, I)$")
+        common.plot_interpolations(decoder, mu, data, out)
+        common.plot_latent_space(train_mu, mu, data, out)
+        common.plot_kl_per_dimension(mu, logvar, data, out)
+        common.plot_traversals(decoder, mu, logvar, data, out)
         if args.latent_dim == 2:
-            common.plot_manifold(decoder, out)
+            common.plot_manifold(decoder, data, out)
         if args.iw_samples and len(history) == args.epochs:  # last: it may take as long as the training
-            bound = common.importance_weighted_bound(decoder, mu, logvar, images, args.iw_samples, args.recon)
+            bound = common.importance_weighted_bound(decoder, mu, logvar, data.test_images, args.iw_samples, args.recon)
             common.save_metrics(encoder, decoder, data, {**test, "iw_bound": bound}, history, args, out)
+    return out
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import gzip
 import io
+import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
-import tempfile
 import time
 from collections import defaultdict, namedtuple
 from functools import partial
@@ -28,8 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torchvision.datasets import MNIST
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_url
 
 EVAL_SEED = 0  # of the samples z behind every test number, whatever the run's own seed is
 EVAL_BATCH = 250  # images at a time in evaluation: bounds its memory, and more are slower on a CPU
@@ -37,44 +38,56 @@ EVAL_BATCH = 250  # images at a time in evaluation: bounds its memory, and more 
 
 # ---- Data --------------------------------------------------------------------------------------
 
-# On one device: uint8 images (N, 1, 28, 28) and int64 labels (N,).
-Mnist = namedtuple("Mnist", "train_images train_labels test_images test_labels")
+# The data set's name and, on one device, uint8 images (N, 1, 28, 28) and int64 labels (N,).
+Data = namedtuple("Data", "name train_images train_labels test_images test_labels")
 
 
-def load_mnist(root, device="cpu", limit=None, binarize=False):
-    """Load MNIST onto `device`, from the archives in root/MNIST/raw or else by download.
+def load_data(root, name="MNIST", device="cpu", limit=None, binarize=False):
+    """Load MNIST, FashionMNIST or KMNIST onto `device`, from the archives in root/name/raw or else by download.
 
     limit: how many training images to keep. binarize: draw the test images, once, from Bernoulli(pixel).
-    Raises OSError or RuntimeError that names what is neither there, whole, nor to be had.
+    Raises RuntimeError that names every archive that is not the original, or neither there nor to be had.
     """
-    raw = Path(root) / "MNIST" / "raw"
-    absent = [name for name, md5 in MNIST.resources if not check_integrity(raw / name, md5)]
-    # Unpacked anew in a folder of this process alone: no damaged file is ever trained on, and two runs never meet.
-    with tempfile.TemporaryDirectory() as private:
-        unpacked = Path(private) / "MNIST" / "raw"
-        unpacked.mkdir(parents=True)
-        for name in {name for name, _ in MNIST.resources} - set(absent):
-            shutil.copy(raw / name, unpacked)
-        try:
-            train, test = (MNIST(private, train, download=True) for train in (True, False))
-        except (OSError, RuntimeError) as error:
-            names = f"{', '.join(absent) or 'MNIST'}: missing or damaged in {raw}"
-            raise RuntimeError(f"{names}, and no download; put the original there") from error
-        for name in absent:
-            raw.mkdir(parents=True, exist_ok=True)
-            shutil.copy(unpacked / name, raw)  # if it is cut short, the next run finds that
-    test_images = binarise(test.data) if binarize else test.data
-    parts = train.data[:limit, None], train.targets[:limit], test_images[:, None], test.targets  # (N, 1, 28, 28), (N,)
-    return Mnist(*(part.to(device) for part in parts))
+    source, folder = getattr(torchvision.datasets, name), Path(root) / name / "raw"
+    archives = [(folder / archive, md5) for archive, md5 in source.resources]
+    bad = [path.name for path, md5 in archives if path.exists() and not check_integrity(path, md5)]
+    # These may be another data set's: nothing is written over them, or put beside them.
+    bad += [path.name for path, md5 in archives if not path.exists() and (bad or not download(source, path, md5))]
+    if bad:
+        problem = f"missing, damaged or not {name}'s in {folder}, and no download"
+        raise RuntimeError(f"{', '.join(bad)}: {problem}; put the original there")
+    train_images, train_labels, test_images, test_labels = (read_idx(path) for path, _ in archives)
+    if binarize:
+        test_images = binarize_once(test_images)
+    train = train_images[:limit, None].to(device), train_labels[:limit].long().to(device)  # (N, 1, 28, 28), (N,)
+    return Data(name, *train, test_images[:, None].to(device), test_labels.long().to(device))
+
+
+def download(source, path, md5):
+    """Fetch the archive `path` from the first of torchvision's mirrors that gives it whole; False if none does."""
+    for mirror in source.mirrors:
+        with contextlib.suppress(OSError, RuntimeError), replacing(path) as temporary:
+            download_url(mirror + path.name, path.parent, temporary.name, md5)
+            return True
+    return False
+
+
+def read_idx(path):
+    """The uint8 tensor in a gzipped IDX file: four bytes, the last the number of dimensions; their sizes; values."""
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    sizes = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, content[3] + 1)]
+    return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * len(sizes)).view(sizes)
 
 
 def to_pixels(images):
-    """uint8 images in [0, 255] to float32 in [0, 1], same shape."""
+    """uint8 images in [0, 255] to float32 in [0, 1], same shape. Raises TypeError for images of another type."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8 in [0, 255], not {images.dtype}")
     return images.float().div_(255)
 
 
-def binarise(images):
-    """uint8 images drawn once from Bernoulli(pixel), with a fixed seed: 0 or 255, same shape."""
+def binarize_once(images):
+    """uint8 images drawn from Bernoulli(pixel) with a fixed seed: 0 or 255, same shape."""
     generator = torch.Generator().manual_seed(EVAL_SEED)  # on the CPU: the same images on every device
     ones = torch.rand(images.shape, generator=generator).to(images.device) < to_pixels(images)
     return ones.to(torch.uint8) * 255
@@ -106,10 +119,7 @@ class Encoder(nn.Module):
         )
         self.fc_mean = nn.Linear(hidden_dims[3] * 2 * 2, latent_dim)
         self.fc_logvar = nn.Linear(hidden_dims[3] * 2 * 2, latent_dim)
-
-    def features(self, x):
-        x = F.pad(x, (2, 2, 2, 2))  # (B, 1, 28, 28) -> (B, 1, 32, 32)
-        return self.model(x).flatten(1)  # (B, hidden_dims[3], 2, 2) -> (B, hidden_dims[3] * 4)
+        self.fc_logvar.requires_grad_(model_name == "VAE")  # an AE has it, and never uses it
 
     def reparameterize(self, mu, logvar):
         """A sample of N(mu, exp(logvar)) that passes gradients to both (Kingma & Welling, 2014)."""
@@ -118,7 +128,8 @@ class Encoder(nn.Module):
         return mu + eps * std
 
     def forward(self, x):
-        h = self.features(x)
+        x = F.pad(x, (2, 2, 2, 2))  # (B, 1, 28, 28) -> (B, 1, 32, 32)
+        h = self.model(x).flatten(1)  # (B, hidden_dims[3], 2, 2) -> (B, hidden_dims[3] * 4)
         mu = self.fc_mean(h)
         if self.model_name == "VAE":
             logvar = self.fc_logvar(h)
@@ -146,6 +157,10 @@ class Decoder(nn.Module):
             nn.ConvTranspose2d(hidden_dims[-4], 1, 3, 1, 1),
             nn.Sigmoid(),
         )
+
+    def start_at_mean(self, images):
+        """Have the first images be the mean pixel of uint8 `images`, so that no step is spent on finding it."""
+        nn.init.constant_(self.last_layer[0].bias, to_pixels(images).mean().logit().item())
 
     def logits(self, z):
         """The images before the sigmoid: what losses use, since BCE on logits cannot saturate."""
@@ -185,42 +200,7 @@ def kl_per_latent(mu, logvar):
 
 # ---- Training ----------------------------------------------------------------------------------
 
-
-def pick_precision(device, wanted="auto"):
-    """The precision of the training step on `device` for a --precision value, and why."""
-    if wanted != "auto":
-        return {"fp32": "float32", "bf16": "bfloat16"}[wanted], "as asked"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):  # of this card, not the first
-        return "bfloat16", "native"
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        return "bfloat16", "native: AMX"
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return "bfloat16", "native: AVX512-BF16"
-    return "float32", "no native bfloat16"
-
-
-def keep_freed_memory():
-    """Have glibc keep freed activations for the next step, instead of mapping and faulting them anew."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
-        mallopt(-1, (2 << 30) - 1)  # M_TRIM_THRESHOLD
-
-
-class BiasApart(TorchFunctionMode):
-    """Has transposed convolutions add their bias apart: on CPUs oneDNN's bfloat16 gradient of it is slow."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.conv_transpose2d:
-            return function(*args, **(kwargs or {}))
-        x, weight, bias, *shape = args
-        h = function(x, weight, None, *shape)
-        return h + bias.to(h.dtype)[:, None, None]
-
-
-def seed_epoch(seed, epoch):
-    """Seed every generator for one epoch (0: the initial weights), so that no state needs saving."""
-    torch.manual_seed(seed * 1_000_003 + epoch)
+ADAMW = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
 def learning_rate(step, total_steps, peak):
@@ -229,131 +209,91 @@ def learning_rate(step, total_steps, peak):
     return peak * min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
 
 
+def seed_epoch(seed, epoch):
+    """Seed every generator for one epoch (0: the initial weights), so that no state needs saving."""
+    torch.manual_seed(seed * 1_000_003 + epoch)  # of 1,000,000 epochs at most: each has random numbers of its own
+
+
 def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
     """Train on data.train_images with AdamW; after each epoch test, and write history and checkpoint to `out`.
 
     loss_fn(encoder, decoder, x): x (B, 1, 28, 28) in [0, 1]; returns the loss and its named terms, nats per image.
+    In bfloat16, codes and logits reach it with three digits: take mu.float() before any arithmetic of your own.
     args: epochs, batch_size, lr, seed, precision, binarize, resume (goes on from the checkpoint in `out`, if any).
     progress: a scalar tensor to keep at the share of the training done, for a loss that changes in its course.
     Returns the history, one dict an epoch; its seconds are those of the training steps alone. After Ctrl-C it and the
     models are the last checkpoint's. Raises KeyboardInterrupt if there is none, FloatingPointError on divergence.
     """
-    images, device = data.train_images, data.train_images.device
-    on_cuda, narrow = device.type == "cuda", pick_precision(device, args.precision)[0] == "bfloat16"
-    torch.set_float32_matmul_precision("highest")  # float32 is float32, not rounded to TensorFloat-32,
-    torch.backends.cudnn.allow_tf32 = False  # in convolutions too
-    if on_cuda:
-        torch.cuda.set_device(device)  # of several: streams and graphs are the current one's
-    keep_freed_memory()
-    if device.type != "mps":  # whose kernels are slower so, and were wrong at times (pytorch#143196)
-        # channels_last is the layout that convolution kernels want: no reorder around each of them.
-        encoder.to(memory_format=torch.channels_last)
-        decoder.to(memory_format=torch.channels_last)
-    parameters = [*encoder.parameters(), *decoder.parameters()]
-    # A CUDA graph reads what changes from step to step out of tensors, so there Adam keeps its rate in one.
-    rate = torch.tensor(args.lr, device=device) if on_cuda else args.lr
-    recipe = {"lr": rate, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    optimizer = torch.optim.AdamW(parameters, **recipe, fused=True, capturable=on_cuda)
-    nn.init.constant_(decoder.last_layer[0].bias, to_pixels(images).mean().logit().item())  # starts at the mean image
+    device = data.train_images.device
+    precision, _ = pick_precision(device, args.precision)
+    set_up_device(encoder, decoder, device)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters()], args.lr, **ADAMW, fused=True)
     history = restore(encoder, decoder, optimizer, out) if args.resume else []
-
-    steps = len(images) // args.batch_size  # full batches only
-    index = torch.zeros(args.batch_size, dtype=torch.int64, device=device)  # of the step's images
+    steps = len(data.train_images) // args.batch_size  # full batches only
     progress = torch.zeros((), device=device) if progress is None else progress
-    totals = defaultdict(lambda: torch.zeros((), device=device))  # on the device: reading them would stall each step
-    cast = torch.autocast(device.type, torch.bfloat16) if narrow else contextlib.nullcontext()
-    apart = BiasApart() if narrow and device.type == "cpu" else contextlib.nullcontext()
 
-    def training_step():
-        x = to_pixels(images[index])
+    def training_step(batch):  # (B,) indices of images
+        x = to_pixels(data.train_images[batch])  # (B, 1, 28, 28)
         if args.binarize:
             x = torch.bernoulli(x)
-        with cast, apart:
+        with computing_in(precision, device):
             loss, terms = loss_fn(encoder, decoder, x)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        for name, term in {"loss": loss, **terms}.items():
-            totals[name] += term.detach()
+        return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
 
     try:
-        step_once = as_cuda_graph(training_step, parameters, optimizer) if on_cuda else training_step
+        if device.type == "cuda" and len(history) < args.epochs:
+            training_step = as_cuda_graph(training_step, encoder, decoder, optimizer, args.batch_size)
         for epoch in range(len(history) + 1, args.epochs + 1):
             seed_epoch(args.seed, epoch)
+            encoder.train()
+            decoder.train()
+            totals = defaultdict(lambda: torch.zeros((), device=device))  # reading them would stall each step
             start = time.perf_counter()
-            order = torch.randperm(len(images), device=device)[: steps * args.batch_size]  # what is left over varies
-            for total in totals.values():
-                total.zero_()
+            order = torch.randperm(len(data.train_images), device=device)[: steps * args.batch_size]
             for step, batch in enumerate(order.split(args.batch_size)):
                 done = (epoch - 1) * steps + step
+                progress.fill_(done / (args.epochs * steps))
                 lr = learning_rate(done, args.epochs * steps, args.lr)
                 for group in optimizer.param_groups:
-                    group["lr"] = group["lr"].fill_(lr) if on_cuda else lr
-                progress.fill_(done / (args.epochs * steps))
-                index.copy_(batch)
-                step_once()
+                    group["lr"] = lr
+                for name, term in training_step(batch).items():
+                    totals[name] += term
                 if step % 50 == 49 and sys.stdout.isatty():
                     totals["loss"].item()  # waits for the device, which may have only queued the steps
                     show_progress(history, epoch, args, step + 1, steps, time.perf_counter() - start)
-            train = {f"train_{name}": value.item() / steps for name, value in totals.items()}  # waits for the device
-            elapsed = time.perf_counter() - start
+            train = {f"train_{name}": total.item() / steps for name, total in totals.items()}  # waits for the device
+            seconds = time.perf_counter() - start
             progress.fill_(epoch / args.epochs)
             test = evaluate(encoder, decoder, data.test_images, loss_fn)
             terms = train | {f"test_{name}": value for name, value in test.items()}
             for name, value in terms.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{name} is {value} in epoch {epoch}: try an --lr below {args.lr:g}")
-            history.append({"epoch": epoch, "lr": lr, **terms, "seconds": elapsed})
+            history.append({"epoch": epoch, "lr": lr, **terms, "seconds": seconds})
             save_checkpoint(encoder, decoder, optimizer, history, args, out)
-            show_progress(history, epoch, args, steps, steps, elapsed)
+            show_progress(history, epoch, args, steps, steps, seconds)
     except KeyboardInterrupt:
         history = restore(encoder, decoder, optimizer, out)  # the step or the epoch is half done
         if not history:
             raise
+    encoder.eval()
+    decoder.eval()
     return history
 
 
-def as_cuda_graph(step, parameters, optimizer):
-    """`step` as one CUDA graph: a replay is one launch, where the step's own hundreds would bound its speed.
-
-    A replay reads the same tensors anew, the learning rate's too, and draws new random numbers. The steps that capture
-    asks for first, for libraries and Adam to start, are taken back. If it fails, a line says so: `step` comes back.
-    """
-    weights = [parameter.detach().clone() for parameter in parameters]
-    states = {key: {name: value.clone() for name, value in state.items()} for key, state in optimizer.state.items()}
-    generator = torch.cuda.default_generators[parameters[0].device.index]
-    random_state = generator.clone_state()
-    graph, side, graphed = torch.cuda.CUDAGraph(), torch.cuda.Stream(), step
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # and back to the current one, however the capture ends
-        for _ in range(3):
-            step()
-        try:
-            with torch.cuda.graph(graph, stream=side):
-                step()  # recorded, not run
-            graphed = graph.replay
-        except RuntimeError as error:
-            generator.graphsafe_set_state(random_state)  # a broken capture leaves it unusable
-            print(f"no CUDA graph, so training is slower: {str(error.__context__ or error).splitlines()[0]}")
-    torch.cuda.synchronize()
-    with torch.no_grad():
-        for parameter, weight in zip(parameters, weights):
-            parameter.copy_(weight)
-            for name, value in optimizer.state[parameter].items():
-                value.copy_(states[parameter][name] if parameter in states else torch.zeros_like(value))
-    return graphed
-
-
 def show_progress(history, epoch, args, done, steps, elapsed):
-    """Speed and time left, after `done` of `steps` of an epoch; test terms are the last epoch's."""
+    """Speed and time left, after `done` of `steps` of an epoch; test terms are the last finished epoch's."""
     left = elapsed / done * ((args.epochs - epoch + 1) * steps - done)
     line = f"epoch {epoch}/{args.epochs}  {done * args.batch_size / elapsed:,.0f} images/s  {left:.0f} s left"
     if history:
         test = {name: value for name, value in history[-1].items() if name.startswith("test_")}
         line += "  test" + "".join(f" {name.removeprefix('test_')} {value:.2f}" for name, value in test.items())
-    if sys.stdout.isatty():  # one line, updated in place
+    if sys.stdout.isatty():  # one line an epoch, updated in place until the epoch ends
         line = line[: shutil.get_terminal_size().columns - 1]  # one that wraps could not be overwritten
-        print(f"\r\x1b[K{line}", end="\n" if len(history) == args.epochs else "", flush=True)
+        print(f"\r\x1b[K{line}", end="\n" if len(history) == epoch else "", flush=True)
     else:
         print(line, flush=True)
 
@@ -361,9 +301,11 @@ def show_progress(history, epoch, args, done, steps, elapsed):
 # ---- Evaluation --------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(encoder, decoder, images, loss_fn):
     """Mean loss and terms over all `images` (N, 1, 28, 28) uint8, in float32, z sampled from a fixed seed."""
+    encoder.eval()
+    decoder.eval()
     torch.manual_seed(EVAL_SEED)
     totals = defaultdict(float)
     for batch in images.split(EVAL_BATCH):
@@ -373,14 +315,18 @@ def evaluate(encoder, decoder, images, loss_fn):
     return {name: value.item() / len(images) for name, value in totals.items()}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode(encoder, images):
-    """The codes (mu, logvar) of uint8 images (N, 1, 28, 28), each (N, latent_dim). An AE's logvar means nothing."""
-    features = [encoder.features(to_pixels(batch)) for batch in images.split(EVAL_BATCH)]
-    return tuple(torch.cat([head(h) for h in features]) for head in (encoder.fc_mean, encoder.fc_logvar))
+    """The codes (mu, logvar) of uint8 images (N, 1, 28, 28), each (N, latent_dim); of an AE logvar is None."""
+    encoder.eval()
+    codes = [encoder(to_pixels(batch)) for batch in images.split(EVAL_BATCH)]
+    if isinstance(codes[0], torch.Tensor):
+        return torch.cat(codes), None
+    mu, logvar, _ = zip(*codes)
+    return torch.cat(mu), torch.cat(logvar)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
     """log p(x) bounded from below with k samples of q(z|x) an image, in nats per image: Burda et al. (2016).
 
@@ -409,25 +355,26 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
 
 def probe_accuracy(train_codes, train_labels, codes, labels):
     """Share of `codes` (N, D) whose label a linear probe finds: ridge regression to one-hot labels, then argmax."""
-    train_codes, codes, labels = train_codes.cpu(), codes.cpu(), labels.cpu()  # not every accelerator can solve
-    mean, y = train_codes.mean(dim=0), F.one_hot(train_labels.cpu(), 10).float()  # (D,), (N, 10)
+    mean, y = train_codes.mean(dim=0), F.one_hot(train_labels, 10).float()  # (D,), (N, 10)
     scatter = train_codes.T @ train_codes - len(y) * mean.outer(mean)  # (D, D), of the centred codes
     penalty = 1e-3 * len(y) * torch.eye(len(mean))
-    weights = torch.linalg.solve(scatter + penalty, train_codes.T @ (y - y.mean(dim=0)))  # (D, 10)
-    scores = (codes - mean) @ weights + y.mean(dim=0)
+    products = train_codes.T @ (y - y.mean(dim=0))  # (D, 10)
+    weights = torch.linalg.solve(scatter.cpu() + penalty, products.cpu())  # not every accelerator can solve
+    scores = (codes - mean) @ weights.to(codes.device) + y.mean(dim=0)
     return (scores.argmax(dim=1) == labels).float().mean().item()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def representation_metrics(decoder, data, train_mu, mu):
     """What the test codes mu (N, latent_dim) keep of the images, beside PCA with as many components and raw pixels."""
-    parts = zip(mu.split(EVAL_BATCH), data.test_images.split(EVAL_BATCH))
-    squares = sum((decoder(code) - to_pixels(batch)).square().sum() for code, batch in parts)
-    train_pixels, pixels = (to_pixels(images.cpu()).flatten(1) for images in (data.train_images, data.test_images))
+    batches = zip(mu.split(EVAL_BATCH), data.test_images.split(EVAL_BATCH))
+    squares = sum((decoder(code) - to_pixels(images)).square().sum() for code, images in batches)
+    train_pixels, pixels = (to_pixels(images).flatten(1) for images in (data.train_images, data.test_images))
     mean = train_pixels.mean(dim=0)
-    train_pixels, pixels = train_pixels - mean, pixels - mean
-    _, directions = torch.linalg.eigh(train_pixels.T @ train_pixels)  # (784, 784), columns in ascending order
-    directions = directions[:, -mu.shape[1] :]  # (784, latent_dim)
+    train_pixels -= mean
+    pixels -= mean
+    _, directions = torch.linalg.eigh((train_pixels.T @ train_pixels).cpu())  # (784, 784), columns in ascending order
+    directions = directions[:, -mu.shape[1] :].to(mu.device)  # (784, latent_dim)
     pca = pixels @ directions  # (N, latent_dim)
     probe = partial(probe_accuracy, train_labels=data.train_labels, labels=data.test_labels)
     return {
@@ -443,11 +390,16 @@ def representation_metrics(decoder, data, train_mu, mu):
 
 WIDTH = 3.25  # inches: fits the columns of ICML, ACM and IEEE unscaled
 STYLE = {
-    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "figure.labelsize"), 7),
-    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 6),
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6,
+    "ytick.labelsize": 6,
+    "legend.fontsize": 6,
     "axes.linewidth": 0.5,
     "lines.linewidth": 1,
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
     "axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#D55E00"]),  # Okabe & Ito: colour-blind-safe
     "image.cmap": "gray_r",  # ink on paper
     "savefig.dpi": 300,
@@ -455,6 +407,7 @@ STYLE = {
 }
 # Paul Tol's "muted" set, one colour a digit, its pale grey darkened.
 DIGIT_COLOURS = "#CC6677 #332288 #DDCC77 #117733 #88CCEE #882255 #44AA99 #999933 #AA4499 #777777".split()
+NATS = ("loss", "recon", "kl", "elbo")  # the terms whose unit is known; others may be a script's own
 
 
 @contextlib.contextmanager
@@ -463,12 +416,12 @@ def new_figure(out, name, title, height, panels=1, layout="constrained"):
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout=layout)
         yield figure.subplots(panels, squeeze=False)[:, 0]
-        with replacing(Path(out) / f"{name}.pdf") as beside:
-            figure.savefig(beside, format="pdf")
+        with replacing(Path(out) / f"{name}.pdf") as temporary:
+            figure.savefig(temporary, format="pdf")
         figure.set_figheight(height + 0.14 * (title.count("\n") + 1))
         figure.axes[0].set_title(title)
-        with replacing(Path(out) / f"{name}.png") as beside:
-            figure.savefig(beside, format="png")
+        with replacing(Path(out) / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def plot_grid(images, out, name, title, row_labels=(), column_labels=(), xlabel="", ylabel=""):
@@ -486,55 +439,60 @@ def plot_grid(images, out, name, title, row_labels=(), column_labels=(), xlabel=
         ax.spines[:].set_visible(False)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_grid(decoder, z):
     """Codes z (rows, columns, latent_dim) to images (rows, columns, 28, 28) in [0, 1]."""
     return decoder(z.flatten(0, 1)).view(*z.shape[:2], 28, 28)
 
 
 def one_of_each(labels):
-    """Indices (10,) of the first image of each digit in labels (N,)."""
-    return torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])
+    """Indices (10,) of the first image of each class in labels (N,)."""
+    return torch.stack([(labels == label).nonzero()[0, 0] for label in range(10)])
 
 
-def plot_reconstructions(decoder, mu, images, labels, out):
-    """The first test image of each digit above its reconstruction from mu."""
-    chosen = one_of_each(labels)
-    pair = torch.cat([to_pixels(images[chosen, 0])[None], decode_grid(decoder, mu[None, chosen])])  # (2, 10, 28, 28)
-    plot_grid(pair, out, "reconstructions", "Test images", ["input", "reconstruction"])
+def plot_reconstructions(decoder, mu, data, out):
+    """The first test image of each class above its reconstruction from mu (N, latent_dim), the test images' codes."""
+    chosen = one_of_each(data.test_labels)
+    images = to_pixels(data.test_images[chosen, 0])[None]  # (1, 10, 28, 28)
+    rows = torch.cat([images, decode_grid(decoder, mu[None, chosen])])
+    plot_grid(rows, out, "reconstructions", f"{data.name}: test images", row_labels=["input", "reconstruction"])
 
 
-def plot_interpolations(decoder, mu, labels, out, steps=11):
-    """Straight lines in code space between test images of two digits: 0 to 1, 2 to 3, ... 8 to 9."""
-    ends = mu[one_of_each(labels)].view(5, 2, 1, -1)  # (pair, end, 1, latent_dim)
-    t = torch.linspace(0, 1, steps, device=mu.device)
-    z = torch.lerp(ends[:, 0], ends[:, 1], t[:, None])  # (pair, steps, latent_dim)
-    columns = [f"{weight:.1f}" for weight in t.tolist()]
-    title = "Between the codes of two test images"
-    plot_grid(decode_grid(decoder, z), out, "interpolations", title, (), columns, "share of the second code")
+def plot_interpolations(decoder, mu, data, out, steps=11):
+    """Straight lines between the codes of test images of two classes: 0 to 1, 2 to 3, ... 8 to 9."""
+    first, second = mu[one_of_each(data.test_labels)].view(5, 2, 1, -1).unbind(dim=1)  # each (5, 1, latent_dim)
+    share = torch.linspace(0, 1, steps, device=mu.device)
+    z = torch.lerp(first, second, share[:, None])  # (5, steps, latent_dim)
+    title = f"{data.name}: between the codes of two test images"
+    labels = {"column_labels": [f"{value:.1f}" for value in share.tolist()], "xlabel": "share of the second code"}
+    plot_grid(decode_grid(decoder, z), out, "interpolations", title, **labels)
 
 
-def plot_loss_curves(history, terms, out):
-    """One panel a term, train and test, over epochs; `terms` maps the history's names to labels."""
-    shown = history[len(history) // 10 :]  # without the warm-up, beside whose fall the rest would be a flat line
-    with new_figure(out, "loss_curves", "Losses", max(0.6 * WIDTH, 0.4 + len(terms)), len(terms)) as axes:
-        for ax, (name, label) in zip(axes, terms.items()):
+def plot_loss_curves(history, labels, data, out):
+    """One panel a term, train and test, over epochs; `labels` maps the history's names to those on the axes."""
+    height = max(0.6 * WIDTH, 0.4 + len(labels))
+    with new_figure(out, "loss_curves", f"{data.name}: losses", height, len(labels)) as axes:
+        for ax, (name, label) in zip(axes, labels.items()):
             for split in ("train", "test"):
-                values = [row[f"{split}_{name}"] for row in shown]
-                ax.plot([row["epoch"] for row in shown], values, marker=".", markersize=3, label=split)
-            ax.set(xlabel="epoch", ylabel=f"{label}\n(nats per image)")
+                values = [row[f"{split}_{name}"] for row in history]
+                ax.plot([row["epoch"] for row in history], values, marker=".", markersize=3, label=split)
+            # Beside the fall of the first tenth the rest would be a flat line: that fall may leave the panel.
+            late = [row[f"{split}_{name}"] for row in history[len(history) // 10 :] for split in ("train", "test")]
+            margin = 0.05 * (max(late) - min(late)) or 1
+            ax.set_ylim(min(late) - margin, max(late) + margin)
+            ax.set(xlabel="epoch", ylabel=f"{label}\n(nats per image)" if name in NATS else label)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.label_outer()
         axes[0].legend(ncols=2, frameon=False)
 
 
 def linear_discriminants(codes, labels):
-    """The two directions (latent_dim, 2) along which digits differ most, beside their own spread: Fisher (1936).
+    """The two directions (latent_dim, 2) along which classes differ most, beside their own spread: Fisher (1936).
 
     codes: (N, latent_dim), labels: (N,). Dead latents, or fewer codes than latents, give finite directions too.
     """
     codes, y = codes.cpu().double(), F.one_hot(labels.cpu(), 10).double()  # not every accelerator has float64
-    means = y @ (y.T @ codes / y.sum(dim=0).clamp(min=1)[:, None])  # (N, latent_dim): of each code's digit
+    means = y @ (y.T @ codes / y.sum(dim=0).clamp(min=1)[:, None])  # (N, latent_dim): of each code's class
     within, between = codes - means, means - codes.mean(dim=0)
     variance, axes = torch.linalg.eigh(within.T @ within / len(codes))
     whiten = axes / (variance + 1e-6 * variance.mean() + 1e-9).sqrt()  # (latent_dim, latent_dim): to unit spread
@@ -542,86 +500,252 @@ def linear_discriminants(codes, labels):
     return F.pad(directions, (0, 2 - directions.shape[1])).float()  # of a single latent the second is zero
 
 
-def plot_latent_space(train_mu, train_labels, mu, labels, out):
-    """Scatter of test codes mu (N, latent_dim) by digit: the plane itself, or two linear discriminants of train_mu."""
-    points, labels = mu.cpu(), labels.cpu()
-    axes, title = ["$\\mu_0$", "$\\mu_1$"], "Codes of the test images"
+def plot_latent_space(train_mu, mu, data, out):
+    """Scatter of the test codes mu (N, latent_dim) by class: the plane itself, or two discriminants of train_mu."""
+    points, labels = mu.cpu(), data.test_labels.cpu()
+    axes, title = ["$\\mu_0$", "$\\mu_1$"], f"{data.name}: codes of the test images"
     if mu.shape[1] != 2:  # the KL makes a VAE's active latents alike, so that principal components show nothing
-        points = (points - train_mu.cpu().mean(dim=0)) @ linear_discriminants(train_mu, train_labels)
+        points = (points - train_mu.cpu().mean(dim=0)) @ linear_discriminants(train_mu, data.train_labels)
         axes = [f"{rank} linear discriminant of $\\mu$" for rank in ("first", "second")]
         title += ", along the two\nlinear discriminants of the training codes"
     with new_figure(out, "latent_space", title, 0.9 * WIDTH) as (ax,):
-        # In the test set's order, so that no digit is drawn on top of all others; a bitmap in the PDF too.
+        # In the test set's order, so that no class is drawn on top of all others; a bitmap in the PDF too.
         ax.scatter(*points.T.numpy(), s=1.5, linewidths=0, c=[DIGIT_COLOURS[i] for i in labels], rasterized=True)
         halo = [withStroke(linewidth=2, foreground="white")]
-        for digit in labels.unique().tolist():  # where two groups coincide, the legend tells them apart
-            where = points[labels == digit].median(dim=0).values.tolist()
-            ax.text(*where, digit, weight="bold", ha="center", va="center", path_effects=halo)
-        handles = [ax.scatter([], [], s=12, c=colour, label=digit) for digit, colour in enumerate(DIGIT_COLOURS)]
+        for label in labels.unique().tolist():  # where two groups coincide, the legend tells them apart
+            where = points[labels == label].median(dim=0).values.tolist()
+            ax.text(*where, label, weight="bold", ha="center", va="center", path_effects=halo)
+        handles = [ax.scatter([], [], s=12, c=colour, label=label) for label, colour in enumerate(DIGIT_COLOURS)]
         ax.figure.legend(handles=handles, loc="outside right center", frameon=False, handletextpad=0.1)
         # By the data's limits: a box that shrank to fit would push the label over the figure's edge.
         ax.set(xlabel=axes[0], ylabel=axes[1], aspect="equal", adjustable="datalim")
 
 
-def plot_kl_per_dimension(mu, logvar, out):
-    """Bars of the KL of each latent over codes mu, logvar (N, latent_dim), sorted."""
+def plot_kl_per_dimension(mu, logvar, data, out):
+    """Bars of the KL of each latent over the test images' codes mu, logvar (N, latent_dim), sorted."""
     kl, order = kl_per_latent(mu, logvar).sort(descending=True)
-    with new_figure(out, "kl_per_dimension", f"Sum over latents: {kl.sum():.1f} nats", 0.5 * WIDTH) as (ax,):
+    title = f"{data.name}: sum over latents {kl.sum():.1f} nats"
+    with new_figure(out, "kl_per_dimension", title, 0.5 * WIDTH) as (ax,):
         ax.bar(range(len(kl)), kl.tolist())
         ax.set(xlabel="latents, sorted by their KL", ylabel="KL (nats per image)")
         every = math.ceil(len(kl) / 30)  # as many numbers as have room
         ax.set_xticks(range(0, len(kl), every), order[::every].tolist())
 
 
-def plot_traversals(decoder, mu, logvar, out, rows=10, columns=7):
+def plot_traversals(decoder, mu, logvar, data, out, rows=10, columns=7):
     """Move one latent from -3 to 3, the others held at the first test image's mu; largest KL on top."""
-    kl, order = (values[:rows] for values in kl_per_latent(mu, logvar).sort(descending=True))
+    kl, order = kl_per_latent(mu, logvar).sort(descending=True)
+    kl, order = kl[:rows].tolist(), order[:rows].tolist()
     values = torch.linspace(-3, 3, columns, device=mu.device)
     z = mu[0].repeat(len(order), columns, 1)  # (rows, columns, latent_dim)
-    z[torch.arange(len(order), device=z.device), :, order] = values
-    row_labels = [f"$z_{{{latent}}}$  {nats:.1f} nats" for latent, nats in zip(order.tolist(), kl.tolist())]
-    labels = row_labels, [f"{value:g}" for value in values.tolist()], "value of the latent", "latent, sorted by its KL"
-    plot_grid(decode_grid(decoder, z), out, "traversals", "One latent moved,\nothers at a test image's code", *labels)
+    for row, latent in enumerate(order):
+        z[row, :, latent] = values
+    title = f"{data.name}: one latent moved,\nothers at a test image's code"
+    rows = [f"$z_{{{latent}}}$  {nats:.1f} nats" for latent, nats in zip(order, kl)]
+    labels = {"row_labels": rows, "column_labels": [f"{value:g}" for value in values.tolist()]}
+    labels |= {"xlabel": "value of the latent", "ylabel": "latent, sorted by its KL"}
+    plot_grid(decode_grid(decoder, z), out, "traversals", title, **labels)
 
 
-def plot_manifold(decoder, out, steps=20):
+def plot_manifold(decoder, data, out, steps=20):
     """Decode a grid over a latent plane, even in the prior's probability (Kingma & Welling, 2014)."""
     values = torch.special.ndtri((torch.arange(steps) + 0.5) / steps)  # the inverse of the normal CDF
     z = torch.cartesian_prod(-values, values).flip(1).view(steps, steps, 2)  # z_0 to the right, z_1 up
-    images = decode_grid(decoder, z.to(decoder.input_layer.weight.device))
-    plot_grid(images, out, "manifold", "Decoded quantiles of the prior", (), (), "$z_0$, to the right", "$z_1$, up")
+    images = decode_grid(decoder, z.to(data.test_images.device))
+    title = f"{data.name}: decoded quantiles of the prior"
+    plot_grid(images, out, "manifold", title, xlabel="$z_0$, to the right", ylabel="$z_1$, up")
 
 
-# ---- Run folder --------------------------------------------------------------------------------
+# ---- Device ------------------------------------------------------------------------------------
+
+
+def first_line(error):
+    return (str(error) or repr(error)).splitlines()[0]
+
+
+def pick_device(name="auto"):
+    """The torch.device for a --device value, and what kept `auto` from an accelerator ("" if nothing did).
+
+    A device counts if a tiny operation on it works. Raises ValueError with torch's reason if a named one does not.
+    """
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        one = torch.ones(1, device=found if name == "auto" else name)
+        one.add(one).item()
+        return one.device, ""  # with its index
+    except Exception as error:  # of all sorts: no driver, built without it, out of memory
+        reason = f"{found if name == 'auto' else name} cannot be used: {first_line(error)}"
+        if name != "auto":
+            raise ValueError(f"{reason} (take auto, cpu, cuda, cuda:N or mps)") from error
+        return torch.device("cpu"), f" ({reason})"
 
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def matmul_seconds(device, dtype, size=256):
+    """Seconds that a product of two matrices (size, size) takes; on a CPU of its own time, whoever else is busy."""
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    a = torch.ones(size, size, device=device).to(dtype)
+    (a @ a)[0, 0].item()  # warms up
+    start, count = clock(), 0
+    while clock() - start < 0.05:
+        (a @ a)[0, 0].item()  # waits for the device
+        count += 1
+    return (clock() - start) / count
+
+
+def pick_precision(device, wanted="auto"):
+    """The precision of the training step on `device` for a --precision value, and why."""
+    if wanted != "auto":
+        return {"fp32": "float32", "bf16": "bfloat16"}[wanted], "as asked"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)  # of this card, not the first
+        return "bfloat16" if capability >= (8, 0) else "float32", "compute capability {}.{}".format(*capability)
+    if device.type != "cpu":
+        return "float32", f"the default on {device.type}"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # beside a busy process several wait for each other, in both precisions alike
+    ratio = matmul_seconds(device, torch.float32) / matmul_seconds(device, torch.bfloat16)
+    torch.set_num_threads(threads)
+    return "bfloat16" if ratio >= 1.5 else "float32", f"bfloat16 products are {ratio:.1f} times as fast"
+
+
+def set_up_device(encoder, decoder, device):
+    """Make `device`, and the layout of the networks' weights, ready for training: float32 that is exact, and fast."""
+    torch.set_float32_matmul_precision("highest")  # float32 is float32, not rounded to TensorFloat-32,
+    torch.backends.cudnn.allow_tf32 = False  # in convolutions too
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of several: streams and graphs are the current one's
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and device.type == "cpu":
+        # glibc keeps what a step frees for the next one, instead of mapping and faulting it anew: a sixth of a step.
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+        mallopt(-1, (2 << 30) - 1)  # M_TRIM_THRESHOLD
+    if device.type != "mps":  # whose kernels are slower so, and were wrong at times (pytorch#143196)
+        # channels_last is the layout that convolution kernels want: no reorder around each of them.
+        encoder.to(memory_format=torch.channels_last)
+        decoder.to(memory_format=torch.channels_last)
+
+
+class BiasApart(TorchFunctionMode):
+    """Has transposed convolutions add their bias apart: oneDNN's bfloat16 gradient of it takes a sixth of a step."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.conv_transpose2d:
+            return function(*args, **(kwargs or {}))
+        x, weight, bias, *shape = args
+        h = function(x, weight, None, *shape)
+        return h if bias is None else h + bias.to(h.dtype)[:, None, None]
+
+
+@contextlib.contextmanager
+def computing_in(precision, device):
+    """Within, what is computed with float32 weights and images is computed in `precision`, where that is safe."""
+    if precision == "float32":
+        yield
+    else:
+        with torch.autocast(device.type, torch.bfloat16):
+            with BiasApart() if device.type == "cpu" else contextlib.nullcontext():
+                yield
+
+
+def as_cuda_graph(training_step, encoder, decoder, optimizer, batch_size):
+    """`training_step` as one CUDA graph: a replay is one launch, where the step's own hundreds would bound its speed.
+
+    A replay reads the same tensors anew, so batch and learning rate are copied into tensors of the graph's own; it
+    draws new random numbers. The steps that capture asks for first, for libraries and AdamW to start, are taken back.
+    If it fails, a line says so, and `training_step` comes back.
+    """
+    tensors = [tensor for model in (encoder, decoder) for tensor in (*model.parameters(), *model.buffers())]
+    before = [tensor.detach().clone() for tensor in tensors]
+    states = {key: {name: value.clone() for name, value in state.items()} for key, state in optimizer.state.items()}
+    device = tensors[0].device
+    indices, rate = torch.arange(batch_size, device=device), torch.zeros((), device=device)
+    generator = torch.cuda.default_generators[device.index]
+    random_state = generator.clone_state()
+    graph, side, graphed = torch.cuda.CUDAGraph(), torch.cuda.Stream(), training_step
+
+    def replay(batch):
+        indices.copy_(batch)
+        rate.fill_(optimizer.param_groups[0]["lr"])
+        graph.replay()
+        return terms
+
+    encoder.train()
+    decoder.train()
+    for group in optimizer.param_groups:
+        group.update(lr=rate, capturable=True)
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):  # and back to the current one, however the capture ends
+            for _ in range(3):
+                training_step(indices)
+            try:
+                with torch.cuda.graph(graph, stream=side):
+                    terms = training_step(indices)  # recorded, not run
+                graphed = replay
+            except RuntimeError as error:
+                generator.graphsafe_set_state(random_state)  # a broken capture leaves it unusable
+                cause = error.__context__ or error  # an error in the step makes the capture's end fail too
+                if isinstance(cause, KeyboardInterrupt):
+                    raise cause from None
+                print(f"no CUDA graph, so training is slower: {first_line(cause)}")
+                for group in optimizer.param_groups:
+                    group["capturable"] = False
+    finally:
+        torch.cuda.synchronize()
+    with torch.no_grad():
+        for tensor, value in zip(tensors, before):
+            tensor.copy_(value)
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                value.copy_(states[parameter][name] if parameter in states else torch.zeros_like(value))
+    return graphed
+
+
+# ---- Run folder --------------------------------------------------------------------------------
+
+# What a resumed run may change. Anything else, and its numbers would be those of no training that took place.
+RESUMABLE = ("epochs", "lr", "iw_samples", "device", "precision", "data")
+
+
+class OtherNetworks(ValueError):
+    """Weights that are not those of the networks they are loaded into."""
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yield a path to write to, and move it to `path` once it is whole: what fails leaves the old file."""
-    beside = path.with_name(f".{path.name}.tmp")  # one name, so that what a killed run left is written over
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that what a killed run left is written over
     try:
-        yield beside
-        os.replace(beside, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(encoder, decoder, optimizer, history, args, out):
     """Write history.csv and checkpoint.pt."""
-    with replacing(Path(out) / "history.csv") as beside, open(beside, "w", newline="") as file:
+    with replacing(Path(out) / "history.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
         writer.writerows(history)
-    models = {"model_name": encoder.model_name, "encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
-    run = {"args": vars(args), "epoch": len(history), "history": history, "optimizer": optimizer.state_dict()}
+    checkpoint = {
+        "model_name": getattr(encoder, "model_name", None),
+        "encoder": encoder.state_dict(),
+        "decoder": decoder.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": len(history),
+        "history": history,
+        "args": vars(args),
+    }
     buffer = io.BytesIO()  # a full disk is then a plain OSError, which torch.save to a path does not raise
-    torch.save({**models, **run}, buffer)
-    with replacing(Path(out) / "checkpoint.pt") as beside:
-        beside.write_bytes(buffer.getbuffer())
+    torch.save(checkpoint, buffer)
+    with replacing(Path(out) / "checkpoint.pt") as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_checkpoint(folder):
@@ -636,28 +760,46 @@ def read_checkpoint(folder):
         raise ValueError(f"{path} is damaged, or no checkpoint of these scripts") from error
 
 
+def load_weights(encoder, decoder, checkpoint):
+    """Load the weights of a checkpoint's content. Raises OtherNetworks if they do not fit."""
+    try:
+        encoder.load_state_dict(checkpoint["encoder"])
+        decoder.load_state_dict(checkpoint["decoder"])
+    except RuntimeError as error:
+        raise OtherNetworks("the checkpoint holds the weights of other networks than these") from error
+
+
 def restore(encoder, decoder, optimizer, folder):
     """Take weights and optimizer state from the checkpoint in `folder`; returns its history, [] if there is none."""
     if not (Path(folder) / "checkpoint.pt").exists():
         return []
     checkpoint = read_checkpoint(folder)
-    encoder.load_state_dict(checkpoint["encoder"])
-    decoder.load_state_dict(checkpoint["decoder"])
-    # Its state alone: how Adam runs (fused or not) is this device's matter, not the checkpoint's.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    load_weights(encoder, decoder, checkpoint)
+    saved = checkpoint["optimizer"]
+    saved["param_groups"] = optimizer.state_dict()["param_groups"]  # how AdamW runs is this device's matter
+    optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:  # an average: in its parameter's own layout, which fused steps assume
+                state[name] = torch.empty_like(parameter).copy_(value)
     return checkpoint["history"]
 
 
-def load_model(folder):
-    """The trained (encoder, decoder, args) of a run folder, on the CPU. Errors: see `read_checkpoint`."""
+def load_model(folder, build=None):
+    """The trained (encoder, decoder, args) of a run folder, on the CPU, in evaluation mode.
+
+    build(args) makes the untrained pair, where its classes are not this file's Encoder and Decoder.
+    Raises OtherNetworks if the weights are of another pair, and what `read_checkpoint` raises.
+    """
     checkpoint = read_checkpoint(folder)
     args = argparse.Namespace(**checkpoint["args"])
-    encoder = Encoder(args.hidden_dims, args.latent_dim, checkpoint["model_name"])
-    decoder = Decoder(args.latent_dim, args.hidden_dims)
-    encoder.load_state_dict(checkpoint["encoder"])
-    decoder.load_state_dict(checkpoint["decoder"])
-    return encoder, decoder, args
+    if build:
+        encoder, decoder = build(args)
+    else:
+        encoder = Encoder(args.hidden_dims, args.latent_dim, checkpoint["model_name"] or "AE")
+        decoder = Decoder(args.latent_dim, args.hidden_dims)
+    load_weights(encoder, decoder, checkpoint)
+    return encoder.eval(), decoder.eval(), args
 
 
 def save_metrics(encoder, decoder, data, test, history, args, out):
@@ -666,40 +808,54 @@ def save_metrics(encoder, decoder, data, test, history, args, out):
     seen = len(history) * (len(data.train_images) // args.batch_size) * args.batch_size
     terms = {name.removeprefix("test_"): value for name, value in history[-1].items() if name.startswith("test_")}
     kinds = {"bce": "Bernoulli: binary cross-entropy", "mse": "Gaussian of unit variance: half the squared error"}
-    protocol = {
-        "split": f"trained on {len(data.train_images)} MNIST images, tested on {len(data.test_images)}",
-        "pixels": "binarised" if args.binarize else "grey",
-        "recon": f"{kinds[args.recon]}, summed over pixels",
-        "z": "one sample of q(z|x) an image" if "kl" in terms else "the code itself",
-        "K": args.iw_samples if "iw_bound" in test else None,
-        "seed": args.seed,
+    parameters = [parameter for model in (encoder, decoder) for parameter in model.parameters()]
+    metrics = {
+        "args": vars(args),
+        "protocol": {
+            "split": f"trained on {len(data.train_images)} {data.name} images, tested on {len(data.test_images)}",
+            "pixels": "binarised" if args.binarize else "grey",
+            "recon": f"{kinds[args.recon]}, summed over pixels",
+            "z": "one sample of q(z|x) an image" if "kl" in terms else "the code itself",
+            "K": args.iw_samples if "iw_bound" in test else None,
+            "seed": args.seed,
+            "mse": "per pixel, from the mean code",
+            "evaluation_seed": EVAL_SEED,
+            "units": "nats per image",
+            "optimizer": {"name": "AdamW", "lr": args.lr, **ADAMW, "batch_size": args.batch_size},
+            "learning_rate": learning_rate.__doc__,
+        },
+        "test": terms | test,
+        "train": {
+            "epochs": len(history),
+            "seconds": seconds,
+            "images_per_second": seen / seconds,
+            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+            "parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        },
+        "environment": {
+            "script": args.script,
+            "device": device_name(device),
+            "precision": pick_precision(device, args.precision)[0],
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
     }
-    protocol |= {"mse": "per pixel, from the mean code", "evaluation_seed": EVAL_SEED, "units": "nats per image"}
-    train = {"epochs": len(history), "seconds": seconds, "images_per_second": seen / seconds}
-    train["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    train["parameters"] = sum(parameter.numel() for model in (encoder, decoder) for parameter in model.parameters())
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
-    precision = pick_precision(device, args.precision)[0]
-    metrics = {"args": vars(args), "protocol": protocol, "test": terms | test, "train": train}
-    metrics["environment"] = {"script": args.script, "device": device_name(device), "precision": precision} | versions
-    with replacing(Path(out) / "metrics.json") as beside:
-        beside.write_text(json.dumps(metrics, indent=2) + "\n")
+    with replacing(Path(out) / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
-def claim_folder(args):
-    """Make and lock the folder of --resume or --out or, without them, the first free one of runs/vae, runs/vae-2, ...
-
-    Returns it and the lock, held until closed. Raises OSError where that cannot be.
-    """
-    folder = first = Path(args.resume or getattr(args, "out", Path("runs", args.script).with_suffix("")))
-    number, numbered = 1, not args.resume and "out" not in args
-    while numbered:
-        try:
+def free_folder(first):
+    """Make and return the first of `first`, `first`-2, `first`-3, ... that is not there yet."""
+    for number in itertools.count(1):
+        folder = first.with_name(f"{first.name}-{number}") if number > 1 else first
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)  # makes or fails in one step: two runs never get one folder
-            break
-        except FileExistsError:
-            number += 1
-            folder = first.with_name(f"{first.name}-{number}")
+            return folder
+
+
+def lock_folder(folder):
+    """Make `folder` and lock it until the file that comes back is closed. Raises OSError if another run has it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:
@@ -710,7 +866,7 @@ def claim_folder(args):
         raise BlockingIOError(f"another run writes to {folder} now") from error
     except (ImportError, OSError):
         pass  # Windows, or a file system without locks: go on without one
-    return folder, lock
+    return lock
 
 
 # ---- Command line ------------------------------------------------------------------------------
@@ -750,9 +906,9 @@ positive_or_zero = checked(float, lambda value: 0 <= value < math.inf, "a finite
 seed_value = checked(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
-def make_parser(name, doc):
-    """The flags that all scripts have; `name` is the script's, the first line of `doc` heads the help."""
-    style = argparse.ArgumentDefaultsHelpFormatter
+def make_parser(script, doc):
+    """The flags that all scripts have; `script` is its file, which names its runs, `doc` heads the help."""
+    name, style = Path(script).stem, argparse.ArgumentDefaultsHelpFormatter
     parser = Parser(prog=f"{name}.py", description=doc.splitlines()[0], formatter_class=style, allow_abbrev=False)
     run = parser.add_argument_group("run")
     folder = run.add_mutually_exclusive_group()
@@ -761,9 +917,11 @@ def make_parser(name, doc):
     folder.add_argument("--resume", metavar="DIR", help="go on with the run in DIR and its flags, or start it there")
     run.add_argument("--seed", type=seed_value, default=0, help="seed of weights, batches and noise")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    run.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where native")
+    run.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if much faster")
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="DIR", default="data", help="folder that holds MNIST/raw/*.gz")
+    names = ["MNIST", "FashionMNIST", "KMNIST"]
+    data.add_argument("--dataset", choices=names, default=names[0], help="what to train and test on")
+    data.add_argument("--data", metavar="DIR", default="data", help="folder that holds MNIST/raw/*.gz, or another's")
     data.add_argument("--limit", metavar="N", type=train_size, default=60_000, help="train on the first N images")
     model = parser.add_argument_group("model")
     model.add_argument("--latent-dim", metavar="N", type=positive_int, default=20, help="number of latents")
@@ -774,7 +932,7 @@ def make_parser(name, doc):
     fit.add_argument("--epochs", metavar="N", type=positive_int, default=20, help="passes over the training images")
     fit.add_argument("--batch-size", metavar="N", type=positive_int, default=128, help="images per step")
     fit.add_argument("--lr", type=positive_float, default=3e-3, help="peak learning rate of AdamW")
-    parser.set_defaults(script=parser.prog, binarize=False, iw_samples=None)
+    parser.set_defaults(script=parser.prog, binarize=False, iw_samples=None, changes=[])
     return parser
 
 
@@ -788,37 +946,54 @@ def add_likelihood_flags(parser):
 def parse_args(parser, argv=None):
     """Parse the flags; with --resume those that the run was started with count, unless given anew."""
     args = parser.parse_args(argv)
+    started = {}  # the flags of a run that goes on
     with parser.refusing("--resume"):
         if args.resume and (Path(args.resume) / "checkpoint.pt").exists():
-            saved = read_checkpoint(args.resume)["args"]
-            parser.set_defaults(**{name: saved[name] for name in saved.keys() - {"out", "resume", "script"}})
+            checkpoint = read_checkpoint(args.resume)
+            started = {name: parser.get_default(name) for name in vars(args)}  # of flags that came after that run
+            started |= checkpoint["args"]
+            parser.set_defaults(**{name: started[name] for name in started.keys() - {"out", "resume", "script"}})
             args = parser.parse_args(argv)
-            for name in ("script", "latent_dim", "hidden_dims"):
-                if getattr(args, name) != saved[name]:
-                    raise ValueError(f"the run in {args.resume} has {name} {saved[name]}, not {getattr(args, name)}")
+            note_changes(args, started, checkpoint["epoch"])
     with parser.refusing("--out"):
         if "out" in args and Path(args.out).exists() and any(path.name != ".lock" for path in Path(args.out).iterdir()):
             raise OSError(f"{args.out} is not empty; name another one")
     if args.batch_size > args.limit:
         parser.error(f"argument --batch-size: {args.batch_size} is more than the {args.limit} training images")
+    if args.iw_samples != started.get("iw_samples") and args.recon == "bce" and not args.binarize:
+        parser.error("argument --iw-samples: grey pixels have no likelihood; add --binarize or --recon mse")
     return args
 
 
-def pick_device(name="auto"):
-    """The torch.device for a --device value, and what kept `auto` from an accelerator ("" if nothing did).
+def note_changes(args, started, epoch):
+    """Add to args.changes what differs from the flags that a run of `epoch` epochs was started with.
 
-    A device counts if a tiny operation on it works. Raises ValueError with torch's reason if a named one does not.
+    Raises ValueError where its numbers would then be those of no training that took place.
     """
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        one = torch.ones(1, device=found if name == "auto" else name)
-        one.add(one).item()
-        return one.device, ""  # with its index
-    except Exception as error:  # of all sorts: no driver, built without it, out of memory
-        reason = f"{found if name == 'auto' else name} cannot be used: {(str(error) or repr(error)).splitlines()[0]}"
-        if name != "auto":
-            raise ValueError(f"{reason} (take auto, cpu, cuda, cuda:N or mps)") from error
-        return torch.device("cpu"), f" ({reason})"
+    if args.precision == "auto":
+        args.precision = started["precision"]
+    if args.epochs < epoch:
+        raise ValueError(f"the run in {args.resume} has {epoch} epochs already, so not --epochs {args.epochs}")
+    for name, value in vars(args).items():
+        if name in ("resume", "changes") or value == started[name]:
+            continue
+        if name not in RESUMABLE:
+            flag = name if name == "script" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"the run in {args.resume} has {flag} {started[name]}, not {value}")
+        change = {"after_epoch": epoch, "name": name, "from": started[name], "to": value}
+        args.changes = [*args.changes, change]
+
+
+def how_to_go_on(parser, args, folder):
+    """What a run that was stopped says last: the command that goes on with it, if an epoch of it was kept."""
+    if not (folder / "checkpoint.pt").exists():
+        return f"no epoch had ended, so nothing is kept in {folder}"
+    kept = read_checkpoint(folder)["args"]
+    command = ["python", parser.prog, "--resume", str(folder)]
+    for name in RESUMABLE:  # what was changed when it was resumed last, before another epoch ended
+        if getattr(args, name) != kept[name]:
+            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return f"go on with: {shlex.join(command)}"
 
 
 @contextlib.contextmanager
@@ -831,20 +1006,28 @@ def start_run(parser, args):
     with parser.refusing("--device"):
         device, fallback = pick_device(args.device)
     with parser.refusing("--data"):
-        data = load_mnist(args.data, device, args.limit, args.binarize)
+        data = load_data(args.data, args.dataset, device, args.limit, args.binarize)
+    named = args.resume or getattr(args, "out", None)
     with parser.refusing("--resume" if args.resume else "--out"):
-        folder, lock = claim_folder(args)
-    args.out = str(folder)
+        folder = Path(named) if named else free_folder(Path("runs", Path(args.script).stem))
+        lock = lock_folder(folder)
     precision, reason = pick_precision(device, args.precision)
-    print(f"{device_name(device)}{fallback}, {precision} ({reason}), writing to {folder}")
+    args.out, args.precision = str(folder), "bf16" if precision == "bfloat16" else "fp32"
+    print(f"{device_name(device)}{fallback}, {precision} ({reason}), seed {args.seed}, writing to {folder}")
+    code, problem = 0, ""
     try:
         with lock:
             yield data, folder
-            if read_checkpoint(folder)["epoch"] < args.epochs:
-                raise KeyboardInterrupt
-    except (KeyboardInterrupt, FloatingPointError, OSError) as error:
+        if read_checkpoint(folder)["epoch"] < args.epochs:  # train_model has come back with the last checkpoint
+            code, problem = 130, "interrupted"
+    except KeyboardInterrupt:
+        code, problem = 130, "interrupted"
+    except (FloatingPointError, OSError) as error:
+        code, problem = 1, f"error: {error}"
+    except OtherNetworks as error:
+        parser.error(f"argument --resume: {error}")
+    if problem:
         if sys.stdout.isatty():
             print()  # leave the progress line
-        status, what = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, f"error: {error}")
-        parser.exit(status, f"{parser.prog}: {what}; go on with: python {parser.prog} --resume {folder}\n")
+        parser.exit(code, f"{parser.prog}: {problem}; {how_to_go_on(parser, args, folder)}\n")
     print(f"figures and numbers are in {folder}")

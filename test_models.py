@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import gzip
+import hashlib
 import json
 import math
 import os
@@ -17,6 +19,7 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
+import torchvision
 from matplotlib.image import imread
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
@@ -31,6 +34,7 @@ ROOT = Path(__file__).parent
 # The models here are small: on a busy machine, threads that wait for each other would only slow them down.
 torch.set_num_threads(1)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TERMS = ["loss", "recon", "kl", "elbo"]
 NARROW = [4, 8, 8, 16]  # channels of a model that trains in milliseconds
 QUICK = "--limit 1280 --batch-size 64 --latent-dim 5 --hidden-dims 4 8 8 16 --device cpu --data".split()
 QUICK.append(str(ROOT / "data"))
@@ -39,7 +43,7 @@ QUICK.append(str(ROOT / "data"))
 @pytest.fixture(scope="module")
 def mnist():
     """The first 512 training and 300 test images: no multiple of the evaluation's batch."""
-    data = common.load_mnist(ROOT / "data", limit=512)
+    data = common.load_data(ROOT / "data", limit=512)
     return data._replace(test_images=data.test_images[:300], test_labels=data.test_labels[:300])
 
 
@@ -48,13 +52,13 @@ def build(model_name="VAE", seed=0):
     return common.Encoder(NARROW, 5, model_name), common.Decoder(5, NARROW)
 
 
-def train(data, out, *flags, seed=0, epochs=2, loss_fn=vae.vae_loss, progress=None):
+def train(data, out, *flags, seed=0, epochs=2, loss_fn=vae.vae_loss, progress=None, models=None):
     """A short run; returns its models and history."""
-    parser = common.make_parser("vae", vae.__doc__)
+    parser = common.make_parser("vae.py", vae.__doc__)
     common.add_likelihood_flags(parser)
     args = parser.parse_args([*QUICK, f"--epochs={epochs}", f"--seed={seed}", *flags])
-    models = build("AE" if loss_fn is ae.ae_loss else "VAE", seed)
-    models = [model.to(data.train_images.device) for model in models]
+    models = [model.to(data.train_images.device) for model in models or build(seed=seed)]
+    models[1].start_at_mean(data.train_images)
     return *models, common.train_model(*models, data, loss_fn, args, out, progress)
 
 
@@ -162,9 +166,9 @@ def test_linear_discriminants_solve_the_generalised_eigenvalue_problem():
     torch.manual_seed(0)
     labels = torch.arange(10).repeat(60)
     codes = torch.randn(10, 4)[labels] + torch.randn(600, 4) @ torch.randn(4, 4)
-    own = codes.view(60, 10, 4)  # (images, digits, latent_dim)
-    within = (own - own.mean(dim=0)).flatten(0, 1).T.cov(correction=0)
-    values, vectors = torch.linalg.eig(torch.linalg.solve(within, own.mean(dim=0).T.cov(correction=0)))
+    by_class = codes.view(60, 10, 4)  # (images, classes, latent_dim)
+    within = (by_class - by_class.mean(dim=0)).flatten(0, 1).T.cov(correction=0)
+    values, vectors = torch.linalg.eig(torch.linalg.solve(within, by_class.mean(dim=0).T.cov(correction=0)))
     reference = vectors.real[:, values.real.argsort(descending=True)[:2]]
     directions = common.linear_discriminants(codes, labels)
     assert torch.cosine_similarity(directions, reference, dim=0).abs().min() > 0.9999
@@ -277,26 +281,23 @@ def test_test_terms_come_from_a_sample_of_q_and_not_from_its_mean(mnist):
 
 
 def test_the_decoders_crop_undoes_the_encoders_padding():
-    x, padded, (encoder, decoder) = torch.rand(2, 1, 28, 28), [], build("AE")
-    encoder.model.register_forward_pre_hook(lambda _, inputs: padded.append(inputs[0]))
-    encoder(x)
-    assert padded[0].shape == (2, 1, 32, 32) and padded[0].count_nonzero() == x.count_nonzero()
-    decoder.expand_dim = 32
-    decoder.input_layer = decoder.decoder = decoder.last_layer[0] = torch.nn.Identity()
-    assert torch.equal(decoder.logits(padded[0].flatten(1)), x)
+    x, seen, (encoder, decoder) = torch.rand(2, 1, 28, 28), [], build("AE")
+    encoder.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    decoder.last_layer[0].register_forward_hook(lambda *call: seen.append(call[-1]))
+    logits = decoder.logits(encoder(x))
+    for inner, outer in zip((x, logits), seen):
+        assert outer.shape == (2, 1, 32, 32) and torch.equal(outer[..., 2:-2, 2:-2], inner)
+    assert seen[0].count_nonzero() == x.count_nonzero()
 
 
-def test_a_bias_added_apart_gives_the_images_and_gradients_of_torchs_own_layer():
-    torch.manual_seed(0)
-    layer = torch.nn.ConvTranspose2d(6, 3, 4, stride=2, padding=1, output_padding=1, groups=3, dilation=2).double()
-    results = []
+def test_a_bias_added_apart_gives_the_images_and_gradients_of_torchs_own_layers():
+    decoder, results = build()[1].double(), []
     for mode in (common.BiasApart(), contextlib.nullcontext()):
-        z = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+        z = torch.linspace(-2, 2, 15).view(3, 5).double().requires_grad_()
         with mode:
-            images = layer(z)
-        (images * torch.linspace(-1, 1, images.numel()).view_as(images)).sum().backward()
-        results.append([images, z.grad, layer.weight.grad, layer.bias.grad])
-        layer.zero_grad()
+            images = decoder(z)
+        gradients = torch.autograd.grad(images.square().sum(), [z, *decoder.parameters()])
+        results.append([images, *gradients])
     torch.testing.assert_close(*results)
 
 
@@ -329,7 +330,7 @@ def test_progress_runs_from_0_to_1_and_is_1_in_the_last_test(mnist, tmp_path):
     progress, steps, tests = torch.zeros(()), [], []
 
     def loss_fn(encoder, decoder, x):
-        (tests if torch.is_inference_mode_enabled() else steps).append(progress.item())
+        (steps if torch.is_grad_enabled() else tests).append(progress.item())
         return vae.vae_loss(encoder, decoder, x)
 
     train(mnist, tmp_path, loss_fn=loss_fn, progress=progress)
@@ -351,11 +352,11 @@ def test_binarised_training_draws_anew_and_the_test_set_is_drawn_once(mnist, tmp
     pixels = common.to_pixels(mnist.train_images).flatten(1)
     torch.testing.assert_close(drawn.mean(dim=(0, 1)), pixels.mean(dim=0), atol=0.06, rtol=0)
 
-    once = common.binarise(mnist.train_images)
-    assert torch.equal(once, common.binarise(mnist.train_images)) and set(once.unique().tolist()) == {0, 255}
+    once = common.binarize_once(mnist.train_images)
+    assert torch.equal(once, common.binarize_once(mnist.train_images)) and set(once.unique().tolist()) == {0, 255}
     assert common.to_pixels(once).mean().item() == pytest.approx(pixels.mean().item(), abs=0.002)
-    data = common.load_mnist(ROOT / "data", limit=512, binarize=True)
-    assert torch.equal(data.test_images[:300], common.binarise(data.test_images)[:300])
+    data = common.load_data(ROOT / "data", limit=512, binarize=True)
+    assert torch.equal(data.test_images[:300], common.binarize_once(data.test_images)[:300])
     assert torch.equal(data.train_images, mnist.train_images), "they are drawn in training"
 
 
@@ -371,53 +372,53 @@ def test_bfloat16_trains_to_the_loss_of_float32_which_casts_nothing(mnist, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps"])
-def test_convolutions_are_laid_out_for_the_cpu_and_left_alone_on_mps(kind, mnist, tmp_path, monkeypatch):
-    adam, models = Mock(side_effect=NotImplementedError), build()  # as far as a machine without MPS can go
-    monkeypatch.setattr(torch.optim, "AdamW", adam)
-    with pytest.raises(NotImplementedError):
-        data = mnist._replace(train_images=Mock(device=torch.device(kind)))
-        common.train_model(*models, data, vae.vae_loss, Mock(precision="auto"), tmp_path)
-    kernel = models[0].model[2].weight
-    assert kernel.is_contiguous(memory_format=torch.channels_last) == (kind == "cpu")
-    assert adam.call_args.kwargs["fused"]
+def test_convolutions_are_laid_out_for_the_cpu_and_left_alone_on_mps(kind):
+    models = build()
+    common.set_up_device(*models, torch.device(kind))
+    assert models[0].model[2].weight.is_contiguous(memory_format=torch.channels_last) == (kind == "cpu")
 
 
-def test_a_terminal_sees_one_line_in_place_and_a_file_one_line_an_epoch(mnist, tmp_path, monkeypatch, capsys):
+def test_a_terminal_sees_a_line_an_epoch_that_updates_in_place_and_stays(mnist, tmp_path, monkeypatch, capsys):
     train(mnist, tmp_path, "--batch-size=8", epochs=2)
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["epoch 1/2", "epoch 2/2"]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     train(mnist, tmp_path, "--batch-size=8", epochs=2)  # 64 steps an epoch: a line after the 50th and after the last
     output = capsys.readouterr().out
-    assert output.count("\r") == 4 and output.count("\n") == 1 and output.endswith("\n")
+    assert output.count("\r") == 4 and re.findall(r"epoch (\d)/2.*\n", output) == ["1", "2"]
 
 
-@pytest.mark.parametrize("has", ["amx_tile", "avx512_bf16", None])
-def test_bfloat16_is_taken_where_the_chosen_device_has_it_or_where_it_is_asked_for(has, monkeypatch):
-    for name in ("amx_tile", "avx512_bf16"):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == has)
+def test_bfloat16_is_taken_where_the_chosen_device_is_faster_in_it_or_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 0)][device.index])
     cpu, *others = map(torch.device, ("cpu", "mps", "cuda:0", "cuda:1"))
-    reason = {"amx_tile": "native: AMX", "avx512_bf16": "native: AVX512-BF16", None: "no native bfloat16"}[has]
-    assert common.pick_precision(cpu) == ("bfloat16" if has else "float32", reason)
+    for ratio, precision in ((0.6, "float32"), (1.49, "float32"), (1.51, "bfloat16")):
+        seconds = {torch.float32: ratio, torch.bfloat16: 1}
+        monkeypatch.setattr(common, "matmul_seconds", lambda device, dtype, seconds=seconds: seconds[dtype])
+        assert common.pick_precision(cpu) == (precision, f"bfloat16 products are {ratio:.1f} times as fast")
     assert [common.pick_precision(other)[0] for other in others] == ["float32", "float32", "bfloat16"]
     for asked, given in {"bf16": "bfloat16", "fp32": "float32"}.items():
         assert common.pick_precision(cpu, asked) == (given, "as asked")
 
 
-def test_a_gpu_that_cannot_work_is_left_by_auto_with_the_reason_and_refused_by_name(tmp_path, monkeypatch, capsys):
-    one, cpu = Mock(device=torch.device("cuda:1")), torch.device("cpu")
+def test_the_time_of_a_product_grows_with_its_size_and_leaves_the_threads_as_they_were():
+    seconds = [common.matmul_seconds(torch.device("cpu"), torch.float32, size) for size in (32, 256)]
+    assert seconds[1] > 2 * seconds[0] > 0  # 512 times the operations
+    torch.set_num_threads(2)
+    common.pick_precision(torch.device("cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 2
+
+
+def test_a_gpu_that_cannot_work_is_left_by_auto_with_the_reason_and_refused_by_name(monkeypatch, capsys):
+    one = Mock(device=torch.device("cuda:1"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", lambda size, device: one)
     assert common.pick_device() == common.pick_device("cuda:1") == (torch.device("cuda:1"), "")
     one.add.return_value.item.side_effect = RuntimeError("CUDA error: no kernel image is available\nCompile with")
     reason = "cuda cannot be used: CUDA error: no kernel image is available"
-    assert common.pick_device() == (cpu, f" ({reason})")
+    assert common.pick_device() == (torch.device("cpu"), f" ({reason})")
     error = ends(vae.main, ["--device", "cuda"], capsys)
     assert error == f"vae.py: error: argument --device: {reason} (take auto, cpu, cuda, cuda:N or mps)\n"
-    monkeypatch.undo()  # torch itself would now look for that GPU
-    monkeypatch.setattr(common, "pick_device", lambda name: (cpu, f" ({reason})"))
-    ae.main([*QUICK, "--epochs=1", "--precision=fp32", "--out", str(tmp_path / "run")])
-    assert capsys.readouterr().out.startswith(f"cpu ({reason}), float32 (as asked), writing to")
 
 
 def test_training_equals_the_textbook_loop_with_the_same_seeds_and_rates(mnist, tmp_path):
@@ -447,43 +448,86 @@ def test_learning_rate_warms_up_over_a_tenth_and_falls_to_zero():
     assert common.learning_rate(0, 1, 2e-3) == 2e-3  # a run of one step
 
 
-@pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "resumed"])
-@pytest.mark.parametrize("fails", [False, True])
-def test_capturing_a_graph_leaves_weights_and_optimizer_as_they_were(fails, steps, mnist, monkeypatch, capsys):
-    cuda, x, results = MagicMock(), common.to_pixels(mnist.train_images[:32]), []
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Stand-ins for what a capture calls: replaying runs nothing, and `fails` says in what a capture ends."""
+    cuda = MagicMock()
     for name in ("default_generators", "CUDAGraph", "Stream", "current_stream", "stream", "graph", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
     cuda.stream.return_value.__exit__.return_value = cuda.graph.return_value.__exit__.return_value = False
-    if fails:
-        cuda.graph.return_value.__exit__.side_effect = RuntimeError("CUDA error: capture failed\nCompile with")
+    return cuda
 
-    def step():
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "resumed"])
+@pytest.mark.parametrize("reason", [None, "CUDA error: capture failed\nCompile with", ""])
+def test_capturing_a_graph_leaves_weights_buffers_and_optimizer_as_they_were(reason, steps, mnist, fake_cuda, capsys):
+    if reason is not None:
+        fake_cuda.graph.return_value.__exit__.side_effect = RuntimeError(reason)
+    x, results = common.to_pixels(mnist.train_images[:32]), []
+
+    def training_step(indices):
+        loss, terms = vae.vae_loss(*models, x[indices])
         optimizer.zero_grad()
-        vae.vae_loss(*models, x)[0].backward()
+        loss.backward()
         optimizer.step()
+        return terms
 
     for capture in (True, False):
         models = build()
-        parameters = [parameter for model in models for parameter in model.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=1e-2)
+        models[0].model.append(torch.nn.BatchNorm2d(NARROW[3]))
+        optimizer = torch.optim.AdamW([*models[0].parameters(), *models[1].parameters()], fused=True)
         for number in range(steps + 3):
             if capture and number == steps:
-                graphed = common.as_cuda_graph(step, parameters, optimizer)
-                assert graphed is (step if fails else cuda.CUDAGraph.return_value.replay)
+                graphed = common.as_cuda_graph(training_step, *models, optimizer, 16)
+                assert (graphed is training_step) == (reason is not None)
+            optimizer.param_groups[0].update(lr=1e-2 / (number + 1), capturable=False)
             torch.manual_seed(number)
-            step()
+            training_step(torch.arange(32))
         results.append(weights(*models))
     assert torch.equal(*results)
-    assert capsys.readouterr().out == fails * "no CUDA graph, so training is slower: CUDA error: capture failed\n"
-    assert cuda.default_generators.__getitem__.return_value.graphsafe_set_state.called == fails
+    line = (
+        f"no CUDA graph, so training is slower: {reason.split(chr(10))[0] or repr(RuntimeError(''))}\n"
+        if reason is not None
+        else ""
+    )
+    assert capsys.readouterr().out == line
+
+
+def test_a_graph_reads_its_batch_and_rate_anew(mnist, fake_cuda):
+    models, seen = build(), []
+    optimizer = torch.optim.AdamW([*models[0].parameters(), *models[1].parameters()], fused=True)
+
+    def training_step(indices):
+        seen.append((indices, optimizer.param_groups[0]["lr"]))
+        return {"loss": indices.sum()}
+
+    replay = common.as_cuda_graph(training_step, *models, optimizer, 3)
+    (indices, rate), batch = seen[-1], torch.tensor([7, 8, 9])
+    optimizer.param_groups[0]["lr"] = 0.25  # as the loop sets it
+    replay(batch)
+    assert torch.equal(indices, batch) and rate.item() == 0.25
+    assert fake_cuda.CUDAGraph.return_value.replay.call_count == 1
+
+
+def test_ctrl_c_in_a_capture_is_no_failed_capture(fake_cuda):
+    def training_step(indices):
+        calls.append(indices)
+        if len(calls) == 4:  # after three to warm up
+            raise KeyboardInterrupt
+
+    calls, models = [], build()
+    fake_cuda.graph.return_value.__exit__.side_effect = RuntimeError("the capture's end fails too")
+    with pytest.raises(KeyboardInterrupt):
+        common.as_cuda_graph(training_step, *models, torch.optim.AdamW(models[0].parameters()), 3)
+    assert fake_cuda.synchronize.called and fake_cuda.default_generators[0].graphsafe_set_state.called
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_cuda_graph_gives_the_losses_of_the_eager_step(precision, tmp_path, monkeypatch):
-    data = common.load_mnist(ROOT / "data", torch.device("cuda:0"), limit=4096)
+    data = common.load_data(ROOT / "data", device=torch.device("cuda:0"), limit=4096)
     *_, graphed = train(data, tmp_path, "--precision", precision, epochs=3)
-    monkeypatch.setattr(common, "as_cuda_graph", lambda step, parameters, optimizer: step)
+    monkeypatch.setattr(common, "as_cuda_graph", lambda training_step, *_: training_step)
     *_, eager = train(data, tmp_path, "--precision", precision, epochs=3)
     for one, other in zip(graphed, eager):
         assert one["lr"] == other["lr"]
@@ -491,11 +535,162 @@ def test_a_cuda_graph_gives_the_losses_of_the_eager_step(precision, tmp_path, mo
             assert one[name] == pytest.approx(other[name], rel=0.01)
 
 
+# ---- Figures: what they draw ---------------------------------------------------------------------
+
+
+def spell(z):
+    """A decoder whose images spell their codes."""
+    return torch.nn.functional.pad(z, (0, 784 - z.shape[1])).view(-1, 1, 28, 28)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved, but for the time that rendering takes."""
+    saved = []
+    monkeypatch.setattr(common.Figure, "savefig", lambda figure, path, format: saved.append(figure) or path.touch())
+    return saved
+
+
+def test_reconstructions_and_interpolations_show_the_images_and_codes_that_their_labels_name(mnist, monkeypatch):
+    monkeypatch.setattr(common, "plot_grid", grid := Mock())
+    chosen, mu = [mnist.test_labels.tolist().index(digit) for digit in range(10)], torch.randn(300, 5)
+    common.plot_reconstructions(spell, mu, mnist, "out")
+    rows = torch.cat([mnist.test_images[chosen] / 255, spell(mu[chosen])])
+    assert torch.equal(grid.call_args.args[0].flatten(0, 1), rows[:, 0])
+    assert grid.call_args.kwargs["row_labels"] == ["input", "reconstruction"]
+    common.plot_interpolations(spell, mu, mnist, "out")
+    shares = torch.tensor([float(label) for label in grid.call_args.kwargs["column_labels"]])  # of the second code
+    z = torch.lerp(mu[chosen[::2], None], mu[chosen[1::2], None], shares[:, None])
+    torch.testing.assert_close(grid.call_args.args[0].flatten(2)[..., :5], z)
+
+
+def test_traversals_and_manifold_move_the_latents_that_their_labels_name(mnist, monkeypatch):
+    monkeypatch.setattr(common, "plot_grid", grid := Mock())
+    mu, logvar = 3 * torch.rand(12) * torch.randn(300, 12), torch.randn(300, 12)
+    common.plot_traversals(spell, mu, logvar, mnist, "out")
+    kl, order = common.kl_per_latent(mu, logvar).sort(descending=True)
+    moved = torch.nn.functional.one_hot(order[:10], 12).bool()[:, None]  # (10, 1, 12)
+    values = torch.tensor([float(label) for label in grid.call_args.kwargs["column_labels"]])[:, None]
+    assert torch.equal(grid.call_args.args[0].flatten(2)[..., :12], torch.where(moved, values, mu[0]))
+    numbers = [re.findall(r"[\d.]+", label) for label in grid.call_args.kwargs["row_labels"]]
+    assert numbers == [[str(latent), f"{nats:.1f}"] for latent, nats in zip(order[:10].tolist(), kl)]
+    common.plot_manifold(spell, mnist, "out")
+    quantiles = Normal(0, 1).icdf((torch.arange(20) + 0.5) / 20)
+    plane = torch.stack(torch.meshgrid(quantiles, quantiles.flip(0), indexing="xy"), dim=2)  # z_0 right, z_1 up
+    torch.testing.assert_close(grid.call_args.args[0].flatten(2)[..., :2], plane)
+
+
+def test_a_grid_starts_at_the_top_left_and_has_each_label_beside_its_row_or_column(figures, tmp_path):
+    images, labels = torch.rand(2, 3, 28, 28), list("abcde")
+    common.plot_grid(images, tmp_path, "grid", "title", labels[:2], labels[2:])
+    ax, (drawn,) = figures[-1].axes[0], figures[-1].axes[0].images
+    assert (drawn.get_array() == torch.cat([torch.cat([*row], dim=1) for row in images]).numpy()).all()
+    assert drawn.origin == "upper" and ax.yaxis_inverted() and not ax.xaxis_inverted()
+    assert [label.get_text() for label in (*ax.get_yticklabels(), *ax.get_xticklabels())] == labels
+    assert [tick // 28 for tick in (*ax.get_yticks(), *ax.get_xticks())] == [0, 1, 0, 1, 2]
+
+
+def test_codes_their_class_and_the_legend_agree_in_place_and_colour(mnist, figures, tmp_path):
+    train_mu, mu = torch.randn(512, 5) + mnist.train_labels[:, None], torch.randn(300, 5)
+    common.plot_latent_space(train_mu[:, :2], mu[:, :2], mnist, tmp_path)
+    assert (figures[-1].axes[0].collections[0].get_offsets() == mu[:, :2].numpy()).all()
+    common.plot_latent_space(train_mu, mu, mnist, tmp_path)
+    points = (mu - train_mu.mean(dim=0)) @ common.linear_discriminants(train_mu, mnist.train_labels)
+    ax, (legend,) = figures[-1].axes[0], figures[-1].legends
+    assert ax.collections[0].get_offsets().data == pytest.approx(points.numpy(), abs=1e-4)
+    assert len({*map(tuple, colours := ax.collections[0].get_facecolors())}) == 10
+    for digit, (text, name, handle) in enumerate(zip(ax.texts, legend.get_texts(), legend.legend_handles, strict=True)):
+        own = mnist.test_labels == digit
+        assert text.get_text() == name.get_text() == str(digit) and (colours[own] == handle.get_facecolor()).all()
+        assert text.get_position() == pytest.approx(points[own].median(dim=0).values.tolist(), abs=1e-4)
+
+
+def test_kl_bars_fall_and_have_the_numbers_of_their_latents_below_them(mnist, figures, tmp_path):
+    mu, logvar = torch.randn(300, 64) * torch.rand(64), torch.zeros(300, 64)
+    common.plot_kl_per_dimension(mu, logvar, mnist, tmp_path)
+    kl, ax = common.kl_per_latent(mu, logvar), figures[-1].axes[0]
+    heights = [bar.get_height() for bar in ax.patches]
+    assert heights == sorted(kl.tolist(), reverse=True)
+    latents = [int(label.get_text()) for label in ax.get_xticklabels()]
+    assert len(latents) > 20 and [heights[tick] for tick in ax.get_xticks()] == kl[latents].tolist()
+
+
+def test_loss_curves_draw_all_epochs_in_a_panel_that_only_the_first_tenth_may_leave(mnist, figures, tmp_path):
+    names = ["train_kl", "test_kl", "train_heat", "test_heat"]
+    history = [{"epoch": i, **{name: top / i for top, name in enumerate(names, 3)}} for i in range(1, 21)]
+    common.plot_loss_curves(history, {"kl": "KL", "heat": "own term"}, mnist, tmp_path)
+    lines = [(line, name) for ax, name in zip(figures[-1].axes, ["kl", "heat"], strict=True) for line in ax.lines]
+    drawn = {f"{line.get_label()}_{name}": [*zip(*line.get_data())] for line, name in lines}
+    assert drawn == {name: [(row["epoch"], row[name]) for row in history] for name in names}
+    low, high = figures[-1].axes[0].get_ylim()
+    assert low < 3 / 20 and 4 / 3 < high < 3 / 2  # the lowest of all, the highest of the third and second epochs
+    assert [ax.get_ylabel() for ax in figures[-1].axes] == ["KL\n(nats per image)", "own term"]
+
+
+# ---- Scripts: what they hand to common.py --------------------------------------------------------
+
+
+@pytest.fixture
+def run(mnist, tmp_path, monkeypatch, figures):
+    """Runs a script's main() on 500 images, five steps an epoch; figures are not rendered."""
+    monkeypatch.setattr(common, "load_data", lambda *_: mnist._replace(name="KMNIST"))
+    small = [*QUICK, "--batch-size=100", "--precision=fp32", "--out", str(tmp_path / "run")]
+    return lambda script, flags: script.main([*small, *flags.split()])
+
+
+@pytest.mark.parametrize("script", [ae, vae, beta_vae], ids=["ae", "vae", "beta_vae"])
+def test_a_scripts_numbers_and_samples_are_those_its_flags_ask_for(script, run, mnist, monkeypatch, figures):
+    monkeypatch.setattr(script, "decode_grid", grid := Mock(wraps=common.decode_grid))
+    out = run(script, "--epochs 2 --recon mse --latent-dim 2" + " --iw-samples 3" * (script is not ae))
+    metrics, (encoder, decoder, _) = json.loads((out / "metrics.json").read_text()), common.load_model(out)
+    test, train_mu = metrics["test"], common.encode(encoder, mnist.train_images)[0]
+    assert test["recon"] < 60 and test.get("iw_bound", 0) > -60  # nats of half the squared error: cross-entropy has 287
+    seconds = sum(row["seconds"] for row in common.read_checkpoint(out)["history"])
+    assert metrics["train"]["seconds"] == seconds and metrics["train"]["images_per_second"] == 2 * 500 / seconds
+    unused = 130 * (script is ae)  # the weights of fc_logvar
+    assert metrics["train"]["parameters"] == weights(encoder, decoder).numel() - unused
+    torch.manual_seed(common.EVAL_SEED)
+    samples = ae.sample_codes(train_mu, 100) if script is ae else torch.randn(100, 2)
+    torch.testing.assert_close(grid.call_args.args[1].view(100, 2), samples)
+    assert all(figure.axes[0].get_title().startswith("KMNIST: ") for figure in figures)
+
+
+@pytest.mark.parametrize("script", [vae, beta_vae], ids=["vae", "beta_vae"])
+def test_active_units_are_those_whose_mean_varies_over_images(script, run, monkeypatch):
+    scales = torch.tensor([1, 0.2, 0.05, 0.02, 0])  # variances of 1, 0.04, and of less than 0.01
+    codes = {size: (3 + scales * torch.randn(size, 5), torch.zeros(size, 5)) for size in (512, 300)}
+    monkeypatch.setattr(common, "encode", lambda encoder, images: codes[len(images)])
+    metrics = json.loads((run(script, "--epochs 1") / "metrics.json").read_text())
+    assert metrics["test"]["active_units"] == 2
+
+
+def test_beta_vae_trains_with_the_schedule_that_its_flags_ask_for(run):
+    out = run(beta_vae, "--epochs 4 --beta 3 --warmup 2 --capacity 100")
+    for row, beta, capacity in zip(common.read_checkpoint(out)["history"], (1.5, 3, 3, 3), (50, 100, 100, 100)):
+        penalty = beta * abs(capacity - row["test_kl"])
+        assert row["test_loss"] == pytest.approx(row["test_recon"] + penalty, rel=1e-4)
+
+
+@pytest.mark.parametrize("script", [vae, beta_vae], ids=["vae", "beta_vae"])
+def test_a_stopped_run_reports_no_samples_of_a_bound(script, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "evaluate", Mock(side_effect=[dict.fromkeys(TERMS, 1.0), KeyboardInterrupt]))
+    with pytest.raises(SystemExit):
+        run(script, "--epochs 2 --recon mse --iw-samples 3")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["protocol"]["K"] is None and "iw_bound" not in metrics["test"]
+
+
+def test_test_numbers_do_not_depend_on_the_random_state(mnist):
+    (encoder, decoder), images, codes = build(), mnist.test_images, (torch.randn(300, 5), torch.randn(300, 5))
+    first, second = (common.evaluate(encoder, decoder, images, vae.vae_loss) for _ in range(2))
+    bound, again = (common.importance_weighted_bound(decoder, *codes, images, 2) for _ in range(2))
+    assert first == second and bound == again
+
+
 # ---- Whole runs, each in a process of its own, on the real images --------------------------------
 
 FIGURES = ["reconstructions", "samples", "interpolations", "loss_curves", "latent_space"]
 LATENT_FIGURES = [*FIGURES, "traversals", "kl_per_dimension"]
-TERMS = ["loss", "recon", "kl", "elbo"]
 
 
 @pytest.mark.parametrize(
@@ -533,10 +728,11 @@ def test_a_script_leaves_every_figure_and_the_numbers_of_the_model_it_saved(scri
     assert protocol["pixels"] == ("binarised" if binarize else "grey") and protocol["K"] == (3 if binarize else None)
     assert protocol["recon"].startswith("Gaussian" if "mse" in flags else "Bernoulli")
     encoder, decoder, args = common.load_model(out)
-    assert metrics["train"]["parameters"] == weights(encoder, decoder).numel()
-    data = common.load_mnist(ROOT / "data", limit=512, binarize=binarize)
+    idle = sum(tensor.numel() for tensor in encoder.fc_logvar.parameters()) if script is ae else 0
+    assert metrics["train"]["parameters"] == weights(encoder, decoder).numel() - idle
+    data = common.load_data(ROOT / "data", limit=512, binarize=binarize)
     if binarize:
-        data = data._replace(train_images=common.binarise(data.train_images))
+        data = data._replace(train_images=common.binarize_once(data.train_images))
     (train_mu, _), (mu, logvar) = (common.encode(encoder, part) for part in (data.train_images, data.test_images))
     loss_fn = partial(ae.ae_loss if script is ae else vae.vae_loss, kind=args.recon)
     again = common.evaluate(encoder, decoder, data.test_images, loss_fn)
@@ -550,13 +746,25 @@ def test_a_script_leaves_every_figure_and_the_numbers_of_the_model_it_saved(scri
     assert test == pytest.approx(again, rel=1e-4, abs=5e-4)
 
 
-@pytest.mark.parametrize("script", [vae, beta_vae], ids=["vae", "beta_vae"])
-def test_active_units_are_those_whose_mean_varies_over_images(script, tmp_path, monkeypatch):
-    scales = torch.tensor([1, 0.2, 0.05, 0.02, 0])  # variances of 1, 0.04, and of less than 0.01
-    codes = {size: (3 + scales * torch.randn(size, 5), torch.zeros(size, 5)) for size in (1280, 10_000)}
-    monkeypatch.setattr(common, "encode", lambda encoder, images: codes[len(images)])
-    script.main([*QUICK, "--epochs=1", "--out", str(tmp_path / "run")])
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["active_units"] == 2
+# ---- A script of one's own ----------------------------------------------------------------------
+
+
+def test_the_readmes_own_model_is_recorded_as_itself_resumes_and_stands_in_a_table_beside_the_vae(tmp_path, capsys):
+    code = re.search(r"## Your own model.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    script = (ROOT / "vae.py").read_text()
+    own = re.sub(r"def vae_loss.*?\n\n\n", lambda _: code + "\n\n", script, flags=re.DOTALL).replace(
+        "vae_loss", "iwae_loss"
+    )
+    (tmp_path / "iwae.py").write_text(own)
+    for path, flags in ((tmp_path / "iwae.py", "--epochs=1"), (ROOT / "vae.py", "--epochs=2")):
+        assert run_process([path, *QUICK, flags], tmp_path).returncode == 0
+    assert run_process(["iwae.py", "--resume", "runs/iwae", "--epochs", "2"], tmp_path).returncode == 0
+    metrics = json.loads((tmp_path / "runs" / "iwae" / "metrics.json").read_text())
+    assert metrics["environment"]["script"] == "iwae.py" and metrics["test"]["bound"] > metrics["test"]["elbo"]
+    assert metrics["protocol"]["optimizer"]["weight_decay"] == 0.1
+    compare_runs.main([str(tmp_path / "runs" / name) for name in ("vae", "iwae")] + ["--out", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "| bound |" in output and "| VAE | 1 |" in output and "| iwae, epochs 1 to 2 after epoch 1 | 1 |" in output
 
 
 # ---- Nothing lost: kills, full disks, damage, two runs at once -----------------------------------
@@ -592,7 +800,12 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
         done = run_process(["-c", DIE.format(signal=name, target=target, call=call, argv=argv)], tmp_path)
         assert done.returncode == code, done.stderr
         if code == 130:
-            assert done.stderr == "vae.py: interrupted; go on with: python vae.py --resume killed\n"
+            kept = (
+                "go on with: python vae.py --resume killed"
+                if epoch
+                else "no epoch had ended, so nothing is kept in killed"
+            )
+            assert done.stderr == f"vae.py: interrupted; {kept}\n"
         assert (read_checkpoint(killed)["epoch"] if (killed / "checkpoint.pt").exists() else 0) == epoch
         assert (killed / "samples.png").exists() == (code == 130 and epoch > 0), "Ctrl-C draws what was trained"
     assert json.loads((killed / "metrics.json").read_text())["train"]["epochs"] == 2
@@ -605,37 +818,90 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
     assert {file.name for file in whole.iterdir()} == {file.name for file in killed.iterdir()}
 
 
-def test_ctrl_c_goes_back_to_the_last_checkpoint_or_ends_where_there_is_none(mnist, tmp_path):
-    def interrupted(encoder, decoder, x):
-        calls.append(x)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        return vae.vae_loss(encoder, decoder, x)
-
-    stop, calls = 5, []  # in the first epoch, of 8 steps and 2 batches of test images
-    with pytest.raises(KeyboardInterrupt):
-        train(mnist, tmp_path, loss_fn=interrupted)
-    assert not (tmp_path / "checkpoint.pt").exists()
-    stop, calls = 15, []  # in the second
-    *models, history = train(mnist, tmp_path, loss_fn=interrupted)
-    *reference, args = common.load_model(tmp_path)
-    assert len(history) == read_checkpoint(tmp_path)["epoch"] == 1
-    assert torch.equal(weights(*models), weights(*reference))
-    assert (args.latent_dim, args.hidden_dims, reference[0].model_name) == (5, NARROW, "VAE")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run of two epochs, of digits whose likelihood is bounded; to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return beta_vae.main([*QUICK, *"--binarize --capacity 0 --seed 7 --lr 1e-3 --epochs 2 --out".split(), str(folder)])
 
 
-def test_resume_keeps_flags_that_are_absent_zero_or_without_a_value_and_takes_new_ones(tmp_path, capsys):
-    run = tmp_path / "run"
-    beta_vae.main([*QUICK, *"--binarize --capacity 0 --seed 7 --lr 1e-3 --epochs 1 --out".split(), str(run)])
-    kept = {"binarize": True, "capacity": 0, "seed": 7, "lr": 1e-3, "hidden_dims": NARROW, "limit": 1280}
-    assert {**read_checkpoint(run)["args"], **kept, "iw_samples": None, "epochs": 1} == read_checkpoint(run)["args"]
-    beta_vae.main(["--resume", str(run), "--epochs", "2", "--iw-samples", "2"])
-    assert {**read_checkpoint(run)["args"], **kept, "iw_samples": 2, "epochs": 2} == read_checkpoint(run)["args"]
-    assert "iw_bound" in json.loads((run / "metrics.json").read_text())["test"]
-    for flag, value in {"latent-dim": "6", "hidden-dims": "4 8 8 8", "out": "elsewhere"}.items():
-        error = ends(beta_vae.main, ["--resume", run, f"--{flag}", *value.split()], capsys)
-        assert flag in error.replace("_", "-")
+def test_a_resumed_run_takes_new_epochs_and_rates_and_says_what_changed_when(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    started = read_checkpoint(run)["args"]
+    flags = {"epochs": 3, "lr": 2e-3, "iw_samples": 2}
+    assert beta_vae.main(["--resume", str(run), *"--epochs 3 --lr 2e-3 --iw-samples 2 --device auto".split()]) == run
+    args, metrics = read_checkpoint(run)["args"], json.loads((run / "metrics.json").read_text())
+    expected = [{"after_epoch": 2, "name": name, "from": started[name], "to": flags[name]} for name in flags]
+    expected += [{"after_epoch": 2, "name": "device", "from": "cpu", "to": "auto"}]
+    assert sorted(args["changes"], key=str) == sorted(expected, key=str) and metrics["args"] == args
+    kept = {"binarize": True, "capacity": 0, "seed": 7, "hidden_dims": NARROW, "limit": 1280}
+    assert {**args, **kept} == args and "iw_bound" in metrics["test"]
+
+
+def test_a_resumed_run_refuses_by_name_what_would_falsify_its_numbers(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    refused = (
+        "--epochs 1,--recon mse,--limit 1279,--beta 3,--seed 8,--batch-size 32,--warmup 1,--capacity 1,--latent-dim 6"
+    )
+    for flags in [*refused.split(","), "--hidden-dims 4 8 8 8", "--dataset KMNIST", "--out elsewhere"]:
+        flag, *values = flags.split()
+        error = ends(beta_vae.main, ["--resume", run, flag, *values], capsys)
+        assert flag in error and (flag == "--out" or values[-1] in error.split(f"{flag} ")[-1])
     assert "has script beta_vae.py, not vae.py" in ends(vae.main, ["--resume", run], capsys)
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+
+
+def test_what_a_stopped_run_says_goes_on_with_the_flags_it_was_given_last(finished, tmp_path, monkeypatch, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "a run"))
+    monkeypatch.setattr(common, "evaluate", Mock(side_effect=KeyboardInterrupt))  # in the third epoch
+    error = ends(beta_vae.main, ["--resume", run, "--epochs", "4", "--lr", "2e-3"], capsys, code=130)
+    assert error.endswith(f"go on with: python beta_vae.py --resume '{run}' --epochs 4 --lr 0.002\n")
+
+
+def test_checkpoints_that_lack_later_flags_go_on_in_the_precision_that_auto_gives(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    checkpoint = torch.load(run / "checkpoint.pt")
+    for name in ("dataset", "changes"):
+        del checkpoint["args"][name]
+    assert checkpoint["args"]["precision"] in ("fp32", "bf16"), "the precision that was taken, not auto"
+    other = {"fp32": "bf16", "bf16": "fp32"}[checkpoint["args"]["precision"]]
+    for kept, line in (("auto", "products are"), (other, "as asked")):
+        checkpoint["args"]["precision"] = kept
+        torch.save(checkpoint, run / "checkpoint.pt")
+        beta_vae.main(["--resume", str(run)])
+        assert line in capsys.readouterr().out.splitlines()[0]
+        args = json.loads((run / "metrics.json").read_text())["args"]
+        assert args["changes"] == [] and args["dataset"] == "MNIST" and args["precision"] != "auto"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_averages_in_another_devices_layout_go_on_to_the_bit(precision, mnist, tmp_path):
+    results = []
+    for layout in (torch.preserve_format, torch.contiguous_format):  # the second is how MPS would have saved them
+        train(mnist, tmp_path / "run", "--precision", precision, epochs=1)
+        checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt")
+        for state in checkpoint["optimizer"]["state"].values():
+            state.update({name: value.clone(memory_format=layout) for name, value in state.items()})
+        torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
+        *models, _ = train(mnist, tmp_path / "run", "--precision", precision, "--resume", str(tmp_path / "run"))
+        results.append(weights(*models))
+    assert torch.equal(*results)
+
+
+def test_other_networks_are_refused_in_one_line_or_built_by_the_callers_function(
+    finished, tmp_path, capsys, monkeypatch
+):
+    with pytest.raises(common.OtherNetworks, match="other networks"):
+        common.load_model(finished, lambda args: (common.Encoder(NARROW, 6, "VAE"), common.Decoder(6, NARROW)))
+    encoder, decoder, args = common.load_model(
+        finished, lambda args: (common.Encoder(args.hidden_dims, 5, "VAE"), common.Decoder(5, args.hidden_dims))
+    )
+    assert not encoder.training and not decoder.training and args.seed == 7
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    monkeypatch.setattr(beta_vae, "Encoder", lambda dims, *rest: common.Encoder([2, *dims[1:]], *rest))
+    error = ends(beta_vae.main, ["--resume", run, "--epochs", "3"], capsys)
+    assert "argument --resume" in error and "other networks" in error
 
 
 def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(mnist, tmp_path, capsys):
@@ -693,27 +959,31 @@ def archives(tmp_path, monkeypatch):
     served, raw = {}, Path(shutil.copytree(ROOT / "data" / "MNIST" / "raw", tmp_path / "MNIST" / "raw"))
 
     def download(url, root, filename, md5):
-        if filename in served:
-            (Path(root) / filename).write_bytes(served[filename])
-        elif not common.check_integrity(Path(root) / filename, md5):
+        name = url.rsplit("/", 1)[-1]
+        if name not in served:
             raise RuntimeError("no network")
+        (Path(root) / filename).write_bytes(served[name])
 
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
+    monkeypatch.setattr(common, "download_url", download)
     return raw, served
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_bad_archive_is_named_and_never_trained_on(damage, archives, capsys):
-    raw, _ = archives
+def test_a_bad_archive_is_named_and_neither_trained_on_nor_replaced(damage, archives, capsys):
+    raw, served = archives
     archive, root = raw / "train-images-idx3-ubyte.gz", raw.parents[1]
     content = bytearray(archive.read_bytes())
+    if damage != "missing":
+        served[archive.name] = bytes(content)  # to be had, but the file may be another data set's
     content[5_000_000] ^= damage == "flipped"
     archive.unlink()
     if damage != "missing":
         archive.write_bytes(content[:-5] if damage == "truncated" else content)
+    (raw / "t10k-labels-idx1-ubyte.gz").unlink()
+    before = {file.name: file.read_bytes() for file in raw.iterdir()}
     error = ends(vae.main, ["--data", root, "--out", root / "out"], capsys)
-    assert archive.name in error and str(raw) in error and "t10k" not in error
-    assert not (root / "out").exists()
+    assert archive.name in error and str(raw) in error and "t10k-labels" in error and "t10k-images" not in error
+    assert not (root / "out").exists() and {file.name: file.read_bytes() for file in raw.iterdir()} == before
 
 
 def test_a_missing_archive_is_downloaded_and_kept_and_unpacked_files_are_never_read(archives):
@@ -723,27 +993,71 @@ def test_a_missing_archive_is_downloaded_and_kept_and_unpacked_files_are_never_r
     labels.unlink()
     for archive in raw.glob("*.gz"):
         archive.with_suffix("").write_bytes(bytes([0, 0, 8, 3, 0, 0, 234, 96, 0, 0, 0, 28, 0, 0, 0, 28]))
-    data = common.load_mnist(raw.parents[1])
+    data = common.load_data(raw.parents[1])
     assert labels.read_bytes() == content and len(data.train_images) == 60_000 and len(data.test_images) == 10_000
     assert data.train_images.float().mean().item() == pytest.approx(33.3184, abs=1e-3)
     assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9] and data.test_labels[:3].tolist() == [7, 2, 1]
 
 
+@pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
+def test_another_data_set_is_read_from_its_own_folder_and_named_in_numbers(name, tmp_path, monkeypatch, capsys):
+    raw, resources = tmp_path / name / "raw", []
+    raw.mkdir(parents=True)
+    monkeypatch.setattr(common, "download_url", Mock(side_effect=RuntimeError("no network")))
+    flags = [*QUICK[:-1], str(tmp_path), "--dataset", name, "--epochs=1", "--limit=128"]
+    error = ends(vae.main, [*flags, "--out", tmp_path / "run"], capsys)
+    assert all(archive in error for archive, _ in getattr(torchvision.datasets, name).resources)
+    images = {"train": torch.randint(256, (200, 28, 28)), "t10k": torch.randint(256, (50, 28, 28))}
+    for split, pixels in images.items():
+        for kind, values in (("images-idx3", pixels), ("labels-idx1", torch.arange(len(pixels)) % 10)):
+            header = bytes([0, 0, 8, values.dim()]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+            path = raw / f"{split}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(header + bytes(values.flatten().tolist())))
+            resources.append((path.name, hashlib.md5(path.read_bytes()).hexdigest()))
+    monkeypatch.setattr(getattr(torchvision.datasets, name), "resources", resources)
+    data = common.load_data(tmp_path, name)
+    assert torch.equal(data.train_images[:, 0], images["train"].byte()) and data.name == name
+    assert torch.equal(data.test_labels, torch.arange(50) % 10)
+    run = vae.main([*flags, "--out", str(tmp_path / "run")])
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (
+        metrics["args"]["dataset"] == name
+        and metrics["protocol"]["split"] == f"trained on 128 {name} images, tested on 50"
+    )
+
+
 def test_two_runs_never_get_one_folder(tmp_path, monkeypatch, capsys):
     fcntl = pytest.importorskip("fcntl", reason="needs locks")
     monkeypatch.chdir(tmp_path)
-    args = common.make_parser("vae", vae.__doc__).parse_args([])
     with ThreadPoolExecutor(8) as pool:
-        claims = list(pool.map(common.claim_folder, [args] * 8))
-    assert {str(folder) for folder, _ in claims} == {"runs/vae", *(f"runs/vae-{i}" for i in range(2, 9))}
-    for flag in ("--out", "--resume"):
-        assert "another run writes to runs/vae now" in ends(vae.main, [*QUICK, flag, "runs/vae"], capsys)
-    # As on Lustre and NFS: goes on without a lock.
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError("No locks available")))
-    args.resume = "runs/vae"
-    for claim in (*claims, common.claim_folder(args)):
-        claim[1].close()
-    assert [file.name for file in Path("runs/vae").iterdir()] == [".lock"]
+        folders = list(pool.map(common.free_folder, [Path("runs/vae")] * 8))
+    assert set(folders) == {Path("runs/vae"), *(Path(f"runs/vae-{i}") for i in range(2, 9))}
+    with common.lock_folder(folders[0]):
+        for flag in ("--out", "--resume"):
+            assert f"another run writes to {folders[0]} now" in ends(vae.main, [*QUICK, flag, folders[0]], capsys)
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError("No locks available")))  # as on Lustre and NFS
+        common.lock_folder(folders[0]).close()
+
+
+def test_pixels_are_a_copy_and_images_that_are_not_bytes_are_refused():
+    images = torch.full((2, 1, 28, 28), 255, dtype=torch.uint8)
+    assert common.to_pixels(images).max() == 1 and images.min() == 255
+    with pytest.raises(TypeError, match="must be uint8"):
+        common.encode(build()[0], images.float())
+
+
+def test_layers_that_differ_in_training_are_switched_and_codes_are_ordinary_tensors(mnist, tmp_path):
+    models = build()
+    models[0].model.append(torch.nn.Sequential(torch.nn.BatchNorm2d(NARROW[3]), torch.nn.Dropout(0.5)))
+    train(mnist, tmp_path, models=models)
+    assert models[0].model[-1][0].num_batches_tracked == 16, "of two epochs of 8 steps, and of no test batch"
+    assert not (models[0].training or models[1].training)
+    models[0].train()
+    mu, logvar = common.encode(models[0], mnist.test_images)
+    assert torch.equal(mu, common.encode(models[0], mnist.test_images)[0]), "no dropout"
+    torch.testing.assert_close(mu[:1], common.encode(models[0], mnist.test_images[:1])[0])  # nor its neighbours
+    assert common.encode(build("AE")[0], mnist.test_images)[1] is None
+    (mu @ torch.ones(5, 1, requires_grad=True)).sum().backward()  # a probe of one's own
 
 
 # ---- Refusals -----------------------------------------------------------------------------------
@@ -751,48 +1065,66 @@ def test_two_runs_never_get_one_folder(tmp_path, monkeypatch, capsys):
 WHOLE = ["0", "-1", "1.5", "two", "nan", "inf", "1e3", "99999999999999999999"]
 REAL = ["0", "-1", "nan", "inf", "-inf", "1e999", "two"]
 VALUES = {
-    # Refused by scripts that have them for their value, by the others for the flag.
     **dict.fromkeys(["--epochs", "--latent-dim", "--iw-samples"], WHOLE),
     **dict.fromkeys(["--lr", "--beta"], REAL),
     "--batch-size": [*WHOLE, "257 --limit 256"],
     "--limit": [*WHOLE, "60001"],
     "--seed": WHOLE[1:],
-    "--warmup": [*REAL[1:], "21 --epochs 20"],
+    "--warmup": [*REAL[1:], "2"],
     "--capacity": REAL[1:],
     "--hidden-dims": ["4 8 8", "4 8 8 0", "4 8 8 nan", "4 8 8 16 32"],
     "--precision": ["fp16"],
     "--recon": ["l1"],
+    "--dataset": ["EMNIST"],
     "--device": "gpu xpu hpu cuda:99 cuda:-1 cuda:x mps:7 meta cuda:99999999999999999999".split(),
     "--out": ["file", "file/below", "occupied", "occupied --data file", "x" * 300],  # before the data is looked at
     "--resume": ["file", "file/below", "x" * 300],
     **dict.fromkeys(["--no-such-flag", "--epoch"], ["3"]),
 }
+# What the other scripts have of their own to refuse: flags that are not theirs, and a bound of what is no likelihood.
+OTHERS = [
+    (vae, "--beta"),
+    (vae, "--warmup"),
+    (ae, "--capacity"),
+    (ae, "--binarize"),
+    (ae, "--iw-samples"),
+    (vae, "--iw-samples"),
+]
 
 
-@pytest.mark.parametrize("script", [ae, vae, beta_vae], ids=["ae", "vae", "beta_vae"])
-@pytest.mark.parametrize("flag", VALUES)
-def test_bad_input_is_refused_in_one_line_and_writes_nothing(script, flag, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "script, flag, values",
+    [(beta_vae, *item) for item in VALUES.items()] + [(script, flag, ["3"]) for script, flag in OTHERS],
+    ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
+)
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(script, flag, values, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("a file")
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "metrics.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    for value in VALUES[flag]:
-        error = ends(script.main, ["--data", ROOT / "data", flag, *value.split()], capsys)
+    for value in values:
+        error = ends(script.main, [*QUICK, "--limit=256", "--epochs=1", flag, *value.split()], capsys)
         assert flag in error or "unrecognized arguments: 32" in error  # a fifth width
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_bound_of_what_is_no_likelihood_is_refused_with_what_would_be_one(capsys):
+    error = ends(vae.main, [*QUICK, "--epochs=1", "--iw-samples=3"], capsys)
+    assert "--binarize" in error and "--recon mse" in error
 
 
 # ---- Tools --------------------------------------------------------------------------------------
 
 
-def make_run(folder, script="vae.py", seed=0, pixels="grey", epochs=2, k=None, test=(), **args):
-    """A metrics.json as a finished run leaves it, with numbers of one's own; returns the folder."""
-    numbers = {"recon": 70.0, "probe_accuracy": 0.9, "mse": 0.01, "pca_mse": 0.02, "pca_probe_accuracy": 0.8}
+def make_run(folder, script="vae.py", seed=0, pixels="grey", kind="Bernoulli", epochs=2, k=None, test=(), **args):
+    """A metrics.json as a finished run leaves it, with numbers of one's own (None: none); returns the folder."""
+    test = {"recon": 70.0, "loss": 70.0, "probe_accuracy": 0.9, "mse": 0.01, "kl_per_latent": [1.0], **dict(test)}
+    split = f"trained on 60000 {args.get('dataset', 'MNIST')} images, tested on 10000"
     run = {
-        "args": {"epochs": 2, "seed": seed, "iw_samples": k, "latent_dim": 5, "out": str(folder), **args},
-        "protocol": {"pixels": pixels, "recon": "Bernoulli", "split": "60000", "K": k},
-        "test": {**numbers, "pixel_probe_accuracy": 0.86, **dict(test)},
+        "args": {"epochs": max(2, epochs), "seed": seed, "iw_samples": k, "latent_dim": 5, "out": str(folder), **args},
+        "protocol": {"pixels": pixels, "recon": kind, "split": split, "K": k},
+        "test": {"pca_mse": 0.02, "pca_probe_accuracy": 0.8, "pixel_probe_accuracy": 0.86, **test},
         "train": {"epochs": epochs},
         "environment": {"script": script, "precision": "float32"},
     }
@@ -801,39 +1133,78 @@ def make_run(folder, script="vae.py", seed=0, pixels="grey", epochs=2, k=None, t
     return str(folder)
 
 
+def compare(runs, out, capsys):
+    """The lines of each table that compare_runs prints of `runs`, and comparison.tex."""
+    compare_runs.main([*runs, "--out", str(out)])
+    tables = re.split(r"\n\n(?=\w)", capsys.readouterr().out)
+    return [part.splitlines() for part in tables], (out / "comparison.tex").read_text()
+
+
 def test_runs_that_differ_in_seed_alone_are_one_row_and_other_protocols_have_tables_of_their_own(tmp_path, capsys):
     runs = [make_run(tmp_path / f"ae{seed}", "ae.py", seed, test={"recon": 50 + seed}) for seed in (0, 1, 2)]
     for beta, seed, kl in ((4.0, 0, 10), (4.0, 1, 13), (8.0, 0, 6)):
         terms = {"recon": 80, "kl": kl, "elbo": -80 - kl, "active_units": 3}
         runs.append(make_run(tmp_path / f"b{beta}-{seed}", "beta_vae.py", seed, beta=beta, test=terms))
-    for k in (50, 500):
+    for seed, k in enumerate((500, 500, 50)):  # which is no setting of the model
         test = {**terms, "iw_bound": -k / 10}
-        runs.append(make_run(tmp_path / f"k{k}", k=k, pixels="binarised", latent_dim=k, test=test))
-    compare_runs.main([*runs, "--out", str(tmp_path)])
-    first, second = capsys.readouterr().out.split("\nMNIST")[1:]
-    grey, binarised = ([line for line in part.splitlines() if line[0:1] == "|"] for part in (first, second))
+        runs.append(make_run(tmp_path / f"k{seed}", seed=seed, k=k, pixels="binarised", test=test))
+    ((_, _, *grey), (_, _, *binarised)), tex = compare(runs, tmp_path, capsys)
     assert grey[0] == "| model | seeds | recon | KL | ELBO | active units | probe % | 1000 MSE |" and len(grey) == 7
     assert grey[2].startswith("| AE | 3 | 51.00 ± 1.00 |  |  |")
-    row = "| beta-VAE, beta = 4 | 2 | 80.00 ± 0.00 | 11.50 ± 2.12 | -91.50 ± 2.12 | 3.0 ± 0.0 | 90.0 ±"
-    assert grey[3].startswith(row)
+    assert grey[3].startswith("| beta-VAE, beta = 4 | 2 | 80.00 ± 0.00 | 11.50 ± 2.12 | -91.50 ± 2.12 | 3.0 ± 0.0 |")
     assert grey[4].startswith("| beta-VAE, beta = 8 | 1 | 80.00 | 6.00 | -86.00 | 3.0 | 90.0 | 10.00 |")
     assert grey[5] == "| PCA, 5 components |  |  |  |  |  | 80.0 | 20.00 |"
     assert "ELBO | IW bound, K = 50 | IW bound, K = 500 | active" in binarised[0]
-    assert binarised[2].startswith("| VAE, iw_samples 50, latent_dim 50 | 1 |") and "| -5.00 |  |" in binarised[2]
-    tex = (tmp_path / "comparison.tex").read_text()
-    assert r"$\beta$-VAE, $\beta = 4$ & $80.00$ & $11.50$ & $-91.50$" in tex and tex.count(r"\toprule") == 2
-    assert r"\scriptsize $n = 2$ & \scriptsize $\pm$0.00 & \scriptsize $\pm$2.12 & \scriptsize $\pm$2.12" in tex
+    assert binarised[2].startswith("| VAE | 3 |") and "| -5.00 (n = 1) | -50.00 ± 0.00 (n = 2) |" in binarised[2]
+    assert r"$\beta$-VAE, $\beta$ = 4 & $80.00$ & $11.50$ & $-91.50$" in tex and tex.count(r"\toprule") == 2
+    assert r"\scriptsize $n=2$ & \scriptsize $\pm$0.00 & \scriptsize $\pm$2.12 & \scriptsize $\pm$2.12" in tex
     assert imread(tmp_path / "rate_distortion.png").std() > 0.01
 
 
-def test_the_table_and_the_figure_fit_a_column_of_a_paper(tmp_path):
+def test_a_run_whose_recipe_changed_on_the_way_is_a_row_of_its_own_but_old_and_moved_runs_are_not(tmp_path, capsys):
+    runs = [make_run(tmp_path / "old"), make_run(tmp_path / "ae", "ae.py", epochs=3, dataset="MNIST")]
+    for seed, name in enumerate(("device", "epochs", "lr", "precision"), 1):
+        changed = {"changes": [{"after_epoch": 1, "name": name, "from": 8, "to": 9}], "dataset": "MNIST"}
+        runs.append(make_run(tmp_path / name, seed=seed, **changed))
+    (table,), _ = compare(runs, tmp_path, capsys)
+    rows = [f"VAE, {name} 8 to 9 after epoch 1 | 1 " for name in ("epochs", "epochs 2, lr", "epochs 2, precision")]
+    assert [line[2:].split("| 70")[0] for line in table[4:9]] == ["AE, epochs 3 | 1 ", "VAE, epochs 2 | 2 ", *rows]
+
+
+def test_any_script_and_data_set_is_compared_by_the_terms_it_has(tmp_path, capsys, monkeypatch):
+    panels, bare = [], dict.fromkeys("recon probe_accuracy mse pca_mse pca_probe_accuracy pixel_probe_accuracy".split())
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda ax, **_: panels.append(ax))
+    runs = [make_run(tmp_path / "w", "wae.py", test={"mmd_z": 0.5}, free=[1, 2], dataset="MNIST")]
+    runs += [make_run(tmp_path / "i", "iwae.py", test=bare | {"kl": 3.0}), make_run(tmp_path / "v", test={"kl": 2.0})]
+    runs += [make_run(tmp_path / "f", dataset="FashionMNIST", test=bare | {"kl": 2.0, "recon": 9.0})]
+    (mnist, fashion), tex = compare(runs, tmp_path, capsys)
+    assert mnist[0].startswith("MNIST, grey") and "10000. Recon, KL, ELBO and bound in nats per image." in mnist[0]
+    rows = ["| VAE | 1 | 70.00 | 2.00 | 90.0 | 10.00 |  |", "| iwae | 1 |  | 3.00 |  |  |  |"]
+    assert mnist[2] == "| model | seeds | recon | KL | probe % | 1000 MSE | mmd_z |" and mnist[4:6] == rows
+    assert mnist[6] == "| wae | 1 | 70.00 |  | 90.0 | 10.00 | 0.5000 |"
+    assert fashion[0].startswith("FashionMNIST, grey") and fashion[4:] == ["| VAE | 1 | 9.00 | 2.00 |", ""]
+    drawn = [(ax.get_xlabel().split("\n")[1][:6], ax.get_legend_handles_labels()[1]) for ax in panels]
+    assert drawn == [("MNIST,", ["VAE"]), ("Fashio", ["VAE"])]
+    assert r"\caption{FashionMNIST, grey pixels;" in tex and r" & \scriptsize mmd\_z \\" in tex
+
+
+def test_the_table_and_the_figure_fit_a_column_of_a_paper_and_the_caption_says_what_they_show(tmp_path, capsys):
     terms = {"recon": 97.97, "kl": 10.05, "elbo": -108.02, "active_units": 10, "mse": 0.01446, "iw_bound": -104.5}
     test = {"pixels": "binarised", "k": 500, "test": terms}
     runs = [make_run(tmp_path / f"v{seed}", seed=seed, **test) for seed in range(3)]
-    for i in range(9):
-        more = {"beta": (0.5, 4.0, 8.0)[i // 3], "latent_dim": 9, **test}
-        runs.append(make_run(tmp_path / f"b{i}", "beta_vae.py", i % 3, **more))
-    compare_runs.main([*runs, "--out", str(tmp_path)])
+    for i, beta in enumerate((0.5, 0.5, 0.5, 4.0, 4.0, 4.0, 8.0, 8.0, 8.0)):
+        runs.append(make_run(tmp_path / f"b{i}", "beta_vae.py", i % 3, beta=beta, latent_dim=9, **test))
+    test["test"] = terms | {"total_correlation": 1.0}
+    runs += [make_run(tmp_path / f"m{i}", "my_vae.py", hidden_dims=[i] * 4, bits=f"{i}%", **test) for i in (128, 256)]
+    runs += [make_run(tmp_path / kind, kind=kind) for kind in ("Bernoulli: bce", "Gaussian")]
+    _, tex = compare(runs, tmp_path, capsys)
+    assert (
+        r"\caption{MNIST, binarised pixels; Bernoulli; trained on 60000 MNIST images, tested on 10000; 2 epochs; "
+        in tex
+    )
+    assert r"mean and standard deviation over $n$ seeds; $\mathcal{L}_{K}$: bound of $K$ importance samples; " in tex
+    assert "AU: active units; probe: accuracy of a linear probe of the codes; MSE: squared error a pixel" in tex
+    assert re.findall(r"\\label{(.*)}", tex) == ["tab:mnist-binarised", "tab:mnist-grey", "tab:mnist-grey-2"]
     pdf = (tmp_path / "rate_distortion.pdf").read_bytes()
     assert float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf)[1]) == 3.25 * 72
     if not shutil.which("pdflatex"):
@@ -846,17 +1217,26 @@ def test_the_table_and_the_figure_fit_a_column_of_a_paper(tmp_path):
     assert all(float(points) <= 1 for points in overfull)
 
 
-def test_what_is_no_finished_run_is_refused_in_one_line(tmp_path, capsys):
-    good, twice = make_run(tmp_path / "good"), make_run(tmp_path / "twice")
-    for bad in (make_run(tmp_path / "stopped", epochs=1, seed=5), twice, str(tmp_path), str(tmp_path / "none")):
-        assert bad in ends(compare_runs.main, [good, bad, "--out", tmp_path], capsys)
+def test_all_that_are_no_finished_runs_are_named_in_one_line(tmp_path, capsys):
+    good, stopped = make_run(tmp_path / "good"), make_run(tmp_path / "stopped", epochs=1, seed=5)
+    twice, damaged = make_run(tmp_path / "twice", k=50, dataset="MNIST"), make_run(tmp_path / "damaged", seed=6)
+    (tmp_path / "damaged" / "metrics.json").write_text('{"args": {}}')
+    line = ends(compare_runs.main, [good, stopped, damaged, tmp_path / "none", "--out", tmp_path], capsys)
+    assert all(f"{tmp_path / bad} (" in line for bad in ("stopped", "damaged", "none")) and good not in line
+    assert f"{twice} (the same run as {good}, seed and all)" in ends(compare_runs.main, [good, twice], capsys)
     assert not (tmp_path / "comparison.tex").exists()
 
 
-def test_both_loops_of_the_benchmark_train_and_report_their_rates(capsys):
-    args = benchmark.default_args(f"--epochs 1 --limit 256 --hidden-dims 4 8 8 16 --data {ROOT / 'data'}")
-    rate, memory = benchmark.textbook(args, torch.device("cpu"))
-    our_rate, our_memory, seconds, loss = benchmark.ours(args, torch.device("cpu"), test_images=10)
-    assert min(rate, memory, our_rate, our_memory, seconds) > 0 and 100 < loss < 1000
-    assert benchmark.count_flops(benchmark.default_args("")) == 191_774_720  # an image's, counted by hand
+def test_the_benchmark_times_both_loops_and_whole_programs_and_sums_nats_rightly(mnist, capsys):
+    args = common.make_parser(vae.__file__, vae.__doc__).parse_args([*QUICK, "--limit=190", "--batch-size=189"])
+    encoder, decoder = networks = benchmark.build_classic(args, "cpu")
+    encoder[3].bias.data[20:] = 2  # a q whose samples are far from its mean
+    *rates, loss = benchmark.textbook(args, torch.device("cpu"), lambda *_: networks, benchmark.classic_loss)
+    x = common.to_pixels(mnist.test_images[:190]).flatten(1)  # the last batch is one image, a 1, which costs less
+    mu, logvar = encoder(x).chunk(2, dim=1)
+    q = Normal(mu, (0.5 * logvar).exp())
+    elbo = Bernoulli(decoder(q.sample()), validate_args=False).log_prob(x).sum() - kl_divergence(q, Normal(0, 1)).sum()
+    assert loss == pytest.approx(-elbo.item() / 190, abs=5)  # of 206: from q's mean 240, the mean of batches' means 177
+    assert min(*rates, *benchmark.textbook(args, x.device)[:2], *benchmark.ours(args, x.device)) > 0
+    assert 100 < benchmark.whole_run([*QUICK, "--epochs=1"]) < 400 and benchmark.count_flops(args) == 2_018_560
     assert "gpu cannot be used" in ends(benchmark.main, ["--device", "gpu"], capsys)
