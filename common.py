@@ -766,7 +766,7 @@ def load_weights(encoder, decoder, checkpoint):
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
     except RuntimeError as error:
-        raise OtherNetworks("the checkpoint holds the weights of other networks than these") from error
+        raise OtherNetworks("the checkpoint is of other networks, which their own build(args) would make") from error
 
 
 def restore(encoder, decoder, optimizer, folder):
@@ -908,8 +908,9 @@ seed_value = checked(int, lambda value: 0 <= value < 2**32, "a whole number from
 
 def make_parser(script, doc):
     """The flags that all scripts have; `script` is its file, which names its runs, `doc` heads the help."""
-    name, style = Path(script).stem, argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(prog=f"{name}.py", description=doc.splitlines()[0], formatter_class=style, allow_abbrev=False)
+    name = Path(script).stem
+    style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+    parser = Parser(prog=f"{name}.py", description=(doc or name).splitlines()[0], **style)
     run = parser.add_argument_group("run")
     folder = run.add_mutually_exclusive_group()
     free = f"the first of runs/{name}, runs/{name}-2, ... that is free"

@@ -88,9 +88,8 @@ def table(groups):
     runs = [run for _, members in groups for run in members]
     columns = []
     terms = {name for run in runs for name in run["test"] if not re.match("loss$|pca_|pixel_", name)}
-    own = {
-        name: (name, name.translate(IN_LATEX), "", ".4f", 1, "") for name in sorted(terms - METRICS.keys())
-    }  # a script's
+    # What METRICS does not know is a script's own term, of no known unit.
+    own = {name: (name, name.translate(IN_LATEX), "", ".4f", 1, "") for name in sorted(terms - METRICS.keys())}
     for metric, (heading, tex, *rest, _) in {**METRICS, **own}.items():
         # Bounds of other numbers of samples are other quantities: a column each.
         ks = {run["protocol"]["K"] if metric == "iw_bound" else None for run in runs if metric in run["test"]}
@@ -122,7 +121,7 @@ def markdown(columns, rows):
 def latex(heading, name, groups, columns, rows):
     """A table of one column's width: standard deviations below their means, what else names a run below its model."""
     epochs = {run["args"]["epochs"] for _, members in groups for run in members}
-    caption = [heading.translate(IN_LATEX)] + [f"{min(epochs)} epochs"] * (len(epochs) == 1)
+    caption = [heading] + [f"{min(epochs)} epochs"] * (len(epochs) == 1)
     counts = {len(members) for _, members in groups}
     n = min(counts) if len(counts) == 1 else "$n$"
     caption.append("one seed" if n == 1 else f"mean and standard deviation over {n} seeds")
