@@ -77,6 +77,25 @@ def ends(main, flags, capsys, code=2):
     return error
 
 
+def few_test_images(load_data):
+    """`load_data`, but for most test images: for runs whose numbers do not matter."""
+
+    def load(*args):
+        data = load_data(*args)
+        return data._replace(test_images=data.test_images[:500], test_labels=data.test_labels[:500])
+
+    return load
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved, but for the time that rendering takes; tests are on few images."""
+    saved = []
+    monkeypatch.setattr(common.Figure, "savefig", lambda figure, path, format: saved.append(figure) or path.touch())
+    monkeypatch.setattr(common, "load_data", few_test_images(common.load_data))
+    return saved
+
+
 def weights(*models):
     return torch.cat([tensor.flatten() for model in models for tensor in model.state_dict().values()])
 
@@ -543,14 +562,6 @@ def spell(z):
     return torch.nn.functional.pad(z, (0, 784 - z.shape[1])).view(-1, 1, 28, 28)
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were saved, but for the time that rendering takes."""
-    saved = []
-    monkeypatch.setattr(common.Figure, "savefig", lambda figure, path, format: saved.append(figure) or path.touch())
-    return saved
-
-
 def test_reconstructions_and_interpolations_show_the_images_and_codes_that_their_labels_name(mnist, monkeypatch):
     monkeypatch.setattr(common, "plot_grid", grid := Mock())
     chosen, mu = [mnist.test_labels.tolist().index(digit) for digit in range(10)], torch.randn(300, 5)
@@ -771,6 +782,8 @@ def test_the_readmes_own_model_is_recorded_as_itself_resumes_and_stands_in_a_tab
 
 DIE = """
 import os, signal, common, vae
+from test_models import few_test_images
+common.load_data = few_test_images(common.load_data)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they run in the background
 calls, real = 0, {target}
 def dying(*args, **kwargs):
@@ -785,7 +798,7 @@ vae.main({argv!r})
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
+def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path, figures):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     vae.main([*QUICK, "--epochs", "4", "--out", str(whole)])
     argv = [*QUICK, "--epochs", "4", "--resume", "killed"]  # one command line starts and goes on
@@ -794,8 +807,8 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
         (130, 0, "SIGINT", "common.to_pixels", 5),  # nor here: nothing to draw
         (-9, 0, "SIGKILL", "common.os.replace", 2),  # a checkpoint written, but not yet moved into place
         (-9, 1, "SIGKILL", "common.os.replace", 3),  # in place, with the history one epoch behind
-        (-9, 1, "SIGKILL", "common.to_pixels", 27),  # in the middle of an epoch
-        (130, 2, "SIGINT", "common.to_pixels", 70),  # after the next
+        (-9, 1, "SIGKILL", "common.to_pixels", 15),  # in the middle of an epoch
+        (130, 2, "SIGINT", "common.to_pixels", 30),  # after the next
     ):
         done = run_process(["-c", DIE.format(signal=name, target=target, call=call, argv=argv)], tmp_path)
         assert done.returncode == code, done.stderr
@@ -822,10 +835,14 @@ def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
 def finished(tmp_path_factory):
     """The folder of a finished run of two epochs, of digits whose likelihood is bounded; to be copied, not changed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return beta_vae.main([*QUICK, *"--binarize --capacity 0 --seed 7 --lr 1e-3 --epochs 2 --out".split(), str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_data", few_test_images(common.load_data))
+        return beta_vae.main(
+            [*QUICK, *"--binarize --capacity 0 --seed 7 --lr 1e-3 --epochs 2 --out".split(), str(folder)]
+        )
 
 
-def test_a_resumed_run_takes_new_epochs_and_rates_and_says_what_changed_when(finished, tmp_path):
+def test_a_resumed_run_takes_new_epochs_and_rates_and_says_what_changed_when(finished, tmp_path, figures):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     started = read_checkpoint(run)["args"]
     flags = {"epochs": 3, "lr": 2e-3, "iw_samples": 2}
@@ -852,14 +869,16 @@ def test_a_resumed_run_refuses_by_name_what_would_falsify_its_numbers(finished, 
     assert {file.name: file.read_bytes() for file in run.iterdir()} == before
 
 
-def test_what_a_stopped_run_says_goes_on_with_the_flags_it_was_given_last(finished, tmp_path, monkeypatch, capsys):
+def test_what_a_stopped_run_says_goes_on_with_the_flags_it_was_given_last(
+    finished, tmp_path, monkeypatch, capsys, figures
+):
     run = Path(shutil.copytree(finished, tmp_path / "a run"))
     monkeypatch.setattr(common, "evaluate", Mock(side_effect=KeyboardInterrupt))  # in the third epoch
     error = ends(beta_vae.main, ["--resume", run, "--epochs", "4", "--lr", "2e-3"], capsys, code=130)
     assert error.endswith(f"go on with: python beta_vae.py --resume '{run}' --epochs 4 --lr 0.002\n")
 
 
-def test_checkpoints_that_lack_later_flags_go_on_in_the_precision_that_auto_gives(finished, tmp_path, capsys):
+def test_checkpoints_that_lack_later_flags_go_on_in_the_precision_that_auto_gives(finished, tmp_path, capsys, figures):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     checkpoint = torch.load(run / "checkpoint.pt")
     for name in ("dataset", "changes"):
@@ -919,7 +938,7 @@ def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(mnist, tmp_path
             common.load_model(tmp_path)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(tmp_path, monkeypatch, capsys, figures):
     resource = pytest.importorskip("resource", reason="needs a limit on file sizes")
     vae.main([*QUICK, "--epochs", "1", "--out", str(tmp_path / "run")])
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
@@ -939,7 +958,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(tmp_path, monkeypat
     assert {name for name in before if before[name] != after[name]} == {"history.csv"} and set(after) == set(before)
 
 
-def test_divergence_names_the_term_and_keeps_the_last_good_checkpoint(mnist, tmp_path, capsys):
+def test_divergence_names_the_term_and_keeps_the_last_good_checkpoint(mnist, tmp_path, capsys, figures):
     def diverging_loss(encoder, decoder, x):
         loss, terms = vae.vae_loss(encoder, decoder, x)
         good = not (tmp_path / "checkpoint.pt").exists()  # fine in the first epoch
@@ -1000,7 +1019,9 @@ def test_a_missing_archive_is_downloaded_and_kept_and_unpacked_files_are_never_r
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
-def test_another_data_set_is_read_from_its_own_folder_and_named_in_numbers(name, tmp_path, monkeypatch, capsys):
+def test_another_data_set_is_read_from_its_own_folder_and_named_in_numbers(
+    name, tmp_path, monkeypatch, capsys, figures
+):
     raw, resources = tmp_path / name / "raw", []
     raw.mkdir(parents=True)
     monkeypatch.setattr(common, "download_url", Mock(side_effect=RuntimeError("no network")))
