@@ -676,12 +676,14 @@ def as_cuda_graph(training_step, encoder, decoder, optimizer, batch_size):
     encoder.train()
     decoder.train()
     for group in optimizer.param_groups:
-        group.update(lr=rate, capturable=True)
+        group["lr"] = rate
     side.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(side):  # and back to the current one, however the capture ends
             for _ in range(3):
                 training_step(indices)
+            for group in optimizer.param_groups:
+                group["capturable"] = True  # sooner, and AdamW would warn of steps without a capture
             try:
                 with torch.cuda.graph(graph, stream=side):
                     terms = training_step(indices)  # recorded, not run
