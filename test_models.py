@@ -652,6 +652,7 @@ def run(mnist, tmp_path, monkeypatch, figures):
 def test_a_scripts_numbers_and_samples_are_those_its_flags_ask_for(script, run, mnist, monkeypatch, figures):
     monkeypatch.setattr(script, "decode_grid", grid := Mock(wraps=common.decode_grid))
     out = run(script, "--epochs 2 --recon mse --latent-dim 2" + " --iw-samples 3" * (script is not ae))
+    script.main(["--resume", str(out)])  # from another random state, since it trains no further
     metrics, (encoder, decoder, _) = json.loads((out / "metrics.json").read_text()), common.load_model(out)
     test, train_mu = metrics["test"], common.encode(encoder, mnist.train_images)[0]
     assert test["recon"] < 60 and test.get("iw_bound", 0) > -60  # nats of half the squared error: cross-entropy has 287
