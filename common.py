@@ -599,7 +599,7 @@ def matmul_seconds(device, dtype, size=256):
 def pick_precision(device, wanted="auto"):
     """The precision of the training step on `device` for a --precision value, and why."""
     if wanted != "auto":
-        return {"fp32": "float32", "bf16": "bfloat16"}[wanted], "as asked"
+        return {"fp32": "float32", "bf16": "bfloat16"}[wanted], "as set"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)  # of this card, not the first
         return "bfloat16" if capability >= (8, 0) else "float32", "compute capability {}.{}".format(*capability)
@@ -768,7 +768,7 @@ def load_weights(encoder, decoder, checkpoint):
         encoder.load_state_dict(checkpoint["encoder"])
         decoder.load_state_dict(checkpoint["decoder"])
     except RuntimeError as error:
-        raise OtherNetworks("the checkpoint is of other networks, which their own build(args) would make") from error
+        raise OtherNetworks("the weights in the checkpoint are of other networks than these") from error
 
 
 def restore(encoder, decoder, optimizer, folder):

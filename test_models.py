@@ -415,7 +415,7 @@ def test_bfloat16_is_taken_where_the_chosen_device_is_faster_in_it_or_where_it_i
         assert common.pick_precision(cpu) == (precision, f"bfloat16 products are {ratio:.1f} times as fast")
     assert [common.pick_precision(other)[0] for other in others] == ["float32", "float32", "bfloat16"]
     for asked, given in {"bf16": "bfloat16", "fp32": "float32"}.items():
-        assert common.pick_precision(cpu, asked) == (given, "as asked")
+        assert common.pick_precision(cpu, asked) == (given, "as set")
 
 
 def test_timing_a_product_gives_seconds_and_leaves_the_threads_as_they_were():
@@ -651,6 +651,7 @@ def run(mnist, tmp_path, monkeypatch, figures):
 @pytest.mark.parametrize("script", [ae, vae, beta_vae], ids=["ae", "vae", "beta_vae"])
 def test_a_scripts_numbers_and_samples_are_those_its_flags_ask_for(script, run, mnist, monkeypatch, figures):
     monkeypatch.setattr(script, "decode_grid", grid := Mock(wraps=common.decode_grid))
+    monkeypatch.setattr(common.Decoder, "start_at_mean", start := Mock())
     out = run(script, "--epochs 2 --recon mse --latent-dim 2" + " --iw-samples 3" * (script is not ae))
     script.main(["--resume", str(out)])  # from another random state, since it trains no further
     metrics, (encoder, decoder, _) = json.loads((out / "metrics.json").read_text()), common.load_model(out)
@@ -664,6 +665,7 @@ def test_a_scripts_numbers_and_samples_are_those_its_flags_ask_for(script, run, 
     samples = ae.sample_codes(train_mu, 100) if script is ae else torch.randn(100, 2)
     torch.testing.assert_close(grid.call_args.args[1].view(100, 2), samples)
     assert all(figure.axes[0].get_title().startswith("KMNIST: ") for figure in figures)
+    assert start.call_args.args[0] is mnist.train_images
 
 
 @pytest.mark.parametrize("script", [vae, beta_vae], ids=["vae", "beta_vae"])
@@ -887,10 +889,10 @@ def test_checkpoints_that_lack_later_flags_go_on_in_the_precision_that_auto_give
         del checkpoint["args"][name]
     assert checkpoint["args"]["precision"] in ("fp32", "bf16"), "the precision that was taken, not auto"
     other = {"fp32": "bf16", "bf16": "fp32"}[checkpoint["args"]["precision"]]
-    for kept, line in (("auto", "products are"), (other, "as asked")):
+    for kept, line in (("auto", "products are"), (other, "as set")):
         checkpoint["args"]["precision"] = kept
         torch.save(checkpoint, run / "checkpoint.pt")
-        beta_vae.main(["--resume", str(run)])
+        beta_vae.main(["--resume", str(run), "--precision", "auto"])
         assert line in capsys.readouterr().out.splitlines()[0]
         args = json.loads((run / "metrics.json").read_text())["args"]
         assert args["changes"] == [] and args["dataset"] == "MNIST" and args["precision"] != "auto"
@@ -995,7 +997,8 @@ def test_a_bad_archive_is_named_and_neither_trained_on_nor_replaced(damage, arch
     archive, root = raw / "train-images-idx3-ubyte.gz", raw.parents[1]
     content = bytearray(archive.read_bytes())
     if damage != "missing":
-        served[archive.name] = bytes(content)  # to be had, but the file may be another data set's
+        # To be had, but the file may be another data set's.
+        served |= {file.name: file.read_bytes() for file in raw.glob("t*")}
     content[5_000_000] ^= damage == "flipped"
     archive.unlink()
     if damage != "missing":
@@ -1075,6 +1078,16 @@ def test_layers_that_differ_in_training_are_switched_and_codes_are_ordinary_tens
     train(mnist, tmp_path, models=models)
     assert models[0].model[-1][0].num_batches_tracked == 16, "of two epochs of 8 steps, and of no test batch"
     assert not (models[0].training or models[1].training)
+    calls = iter(range(100))
+
+    def interrupted(encoder, decoder, x):
+        if torch.is_grad_enabled() and next(calls) == 12:  # in the second epoch
+            raise KeyboardInterrupt
+        return vae.vae_loss(encoder, decoder, x)
+
+    *pair, history = train(mnist, tmp_path, loss_fn=interrupted)
+    assert len(history) == 1 and not (pair[0].training or pair[1].training)
+    assert torch.equal(weights(*pair), weights(*common.load_model(tmp_path)[:2])), "those of the last checkpoint"
     models[0].train()
     mu, logvar = common.encode(models[0], mnist.test_images)
     assert torch.equal(mu, common.encode(models[0], mnist.test_images)[0]), "no dropout"

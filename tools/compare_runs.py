@@ -56,7 +56,8 @@ def read_runs(parser, folders):
                 raise ValueError(f"the same run as {runs[identity][0]}, seed and all")
             runs[identity] = folder, run
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            faults.append(f"{folder} ({getattr(error, 'strerror', error)})")
+            reason = "no metrics.json" if isinstance(error, FileNotFoundError) else error
+            faults.append(f"{folder} ({reason})")
     if faults:
         parser.error(f"argument RUN: no finished run, or one twice: {', '.join(faults)}")
     return [run for _, run in runs.values()]
