@@ -651,12 +651,12 @@ def run(mnist, tmp_path, monkeypatch, figures):
 @pytest.mark.parametrize("script", [ae, vae, beta_vae], ids=["ae", "vae", "beta_vae"])
 def test_a_scripts_numbers_and_samples_are_those_its_flags_ask_for(script, run, mnist, monkeypatch, figures):
     monkeypatch.setattr(script, "decode_grid", grid := Mock(wraps=common.decode_grid))
-    monkeypatch.setattr(common.Decoder, "start_at_mean", start := Mock())
     out = run(script, "--epochs 2 --recon mse --latent-dim 2" + " --iw-samples 3" * (script is not ae))
     script.main(["--resume", str(out)])  # from another random state, since it trains no further
     metrics, (encoder, decoder, _) = json.loads((out / "metrics.json").read_text()), common.load_model(out)
     test, train_mu = metrics["test"], common.encode(encoder, mnist.train_images)[0]
-    assert test["recon"] < 60 and test.get("iw_bound", 0) > -60  # nats of half the squared error: cross-entropy has 287
+    # In nats of half the squared error: cross-entropy has 287, a decoder that does not start at the mean pixel 82.
+    assert test["recon"] < 60 and test.get("iw_bound", 0) > -60
     seconds = sum(row["seconds"] for row in common.read_checkpoint(out)["history"])
     assert metrics["train"]["seconds"] == seconds and metrics["train"]["images_per_second"] == 2 * 500 / seconds
     unused = 130 * (script is ae)  # the weights of fc_logvar
@@ -665,7 +665,6 @@ def test_a_scripts_numbers_and_samples_are_those_its_flags_ask_for(script, run, 
     samples = ae.sample_codes(train_mu, 100) if script is ae else torch.randn(100, 2)
     torch.testing.assert_close(grid.call_args.args[1].view(100, 2), samples)
     assert all(figure.axes[0].get_title().startswith("KMNIST: ") for figure in figures)
-    assert start.call_args.args[0] is mnist.train_images
 
 
 @pytest.mark.parametrize("script", [vae, beta_vae], ids=["vae", "beta_vae"])
