@@ -609,7 +609,7 @@ def pick_precision(device, wanted="auto"):
     torch.set_num_threads(1)  # beside a busy process several wait for each other, in both precisions alike
     ratio = matmul_seconds(device, torch.float32) / matmul_seconds(device, torch.bfloat16)
     torch.set_num_threads(threads)
-    return "bfloat16" if ratio >= 1.5 else "float32", f"bfloat16 products are {ratio:.1f} times as fast"
+    return "bfloat16" if ratio >= 1.5 else "float32", f"bfloat16 products are {ratio:.2g} times as fast"
 
 
 def set_up_device(encoder, decoder, device):

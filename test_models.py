@@ -4,6 +4,8 @@ import contextlib
 import csv
 import gzip
 import hashlib
+import importlib
+import itertools
 import json
 import math
 import os
@@ -409,10 +411,10 @@ def test_a_terminal_sees_a_line_an_epoch_that_updates_in_place_and_stays(mnist, 
 def test_bfloat16_is_taken_where_the_chosen_device_is_faster_in_it_or_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(7, 5), (8, 0)][device.index])
     cpu, *others = map(torch.device, ("cpu", "mps", "cuda:0", "cuda:1"))
-    for ratio, precision in ((0.6, "float32"), (1.49, "float32"), (1.51, "bfloat16")):
+    for ratio, precision in ((0.021, "float32"), (1.49, "float32"), (1.51, "bfloat16")):
         seconds = {torch.float32: ratio, torch.bfloat16: 1}
         monkeypatch.setattr(common, "matmul_seconds", lambda device, dtype, seconds=seconds: seconds[dtype])
-        assert common.pick_precision(cpu) == (precision, f"bfloat16 products are {ratio:.1f} times as fast")
+        assert common.pick_precision(cpu) == (precision, f"bfloat16 products are {ratio:.2g} times as fast")
     assert [common.pick_precision(other)[0] for other in others] == ["float32", "float32", "bfloat16"]
     for asked, given in {"bf16": "bfloat16", "fp32": "float32"}.items():
         assert common.pick_precision(cpu, asked) == (given, "as set")
@@ -477,10 +479,18 @@ def fake_cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "resumed"])
-@pytest.mark.parametrize("reason", [None, "CUDA error: capture failed\nCompile with", ""])
-def test_capturing_a_graph_leaves_weights_buffers_and_optimizer_as_they_were(reason, steps, mnist, fake_cuda, capsys):
-    if reason is not None:
-        fake_cuda.graph.return_value.__exit__.side_effect = RuntimeError(reason)
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (None, ""),
+        (RuntimeError("out of memory\nCompile with"), "no CUDA graph, so training is slower: out of memory\n"),
+        (RuntimeError(""), "no CUDA graph, so training is slower: RuntimeError('')\n"),
+    ],
+)
+def test_capturing_a_graph_leaves_weights_buffers_and_optimizer_as_they_were(
+    error, line, steps, mnist, fake_cuda, capsys
+):
+    fake_cuda.graph.return_value.__exit__.side_effect = error
     x, results = common.to_pixels(mnist.train_images[:32]), []
 
     def training_step(indices):
@@ -497,17 +507,12 @@ def test_capturing_a_graph_leaves_weights_buffers_and_optimizer_as_they_were(rea
         for number in range(steps + 3):
             if capture and number == steps:
                 graphed = common.as_cuda_graph(training_step, *models, optimizer, 16)
-                assert (graphed is training_step) == (reason is not None)
+                assert (graphed is training_step) == (error is not None)
             optimizer.param_groups[0].update(lr=1e-2 / (number + 1), capturable=False)
             torch.manual_seed(number)
             training_step(torch.arange(32))
         results.append(weights(*models))
     assert torch.equal(*results)
-    line = (
-        f"no CUDA graph, so training is slower: {reason.split(chr(10))[0] or repr(RuntimeError(''))}\n"
-        if reason is not None
-        else ""
-    )
     assert capsys.readouterr().out == line
 
 
@@ -703,21 +708,30 @@ def test_test_numbers_do_not_depend_on_the_random_state(mnist):
 
 FIGURES = ["reconstructions", "samples", "interpolations", "loss_curves", "latent_space"]
 LATENT_FIGURES = [*FIGURES, "traversals", "kl_per_dimension"]
+WHOLE_RUNS = {  # flags, figures and terms
+    vae: ("--binarize --iw-samples 3", LATENT_FIGURES, TERMS),
+    beta_vae: ("--capacity 5 --warmup 0.5 --latent-dim 2", [*LATENT_FIGURES, "manifold"], TERMS),
+    ae: ("--recon mse", FIGURES, TERMS[:2]),
+}
 
 
-@pytest.mark.parametrize(
-    "script, flags, figures, terms",
-    [
-        (ae, "--recon mse", FIGURES, TERMS[:2]),
-        (vae, "--binarize --iw-samples 3", LATENT_FIGURES, TERMS),
-        (beta_vae, "--capacity 5 --warmup 0.5 --latent-dim 2", [*LATENT_FIGURES, "manifold"], TERMS),
-    ],
-)
-def test_a_script_leaves_every_figure_and_the_numbers_of_the_model_it_saved(script, flags, figures, terms, tmp_path):
-    small = "--epochs 1 --limit 512 --hidden-dims 8 16 16 32 --device cpu --data".split()
-    done = run_process([ROOT / f"{script.__name__}.py", *flags.split(), *small, ROOT / "data"], tmp_path)
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """The folder that holds runs/, and by script the process that wrote there: two at a time."""
+    folder, small = tmp_path_factory.mktemp("whole"), "--epochs 1 --limit 512 --hidden-dims 8 16 16 32 --device cpu"
+    with ThreadPoolExecutor(2) as pool:
+        argvs = {
+            script: [f"{ROOT}/{script.__name__}.py", *f"{flags} {small} --data".split(), ROOT / "data"]
+            for script, (flags, *_) in WHOLE_RUNS.items()
+        }
+        yield folder, {script: pool.submit(run_process, argv, folder) for script, argv in argvs.items()}
+
+
+@pytest.mark.parametrize("script", WHOLE_RUNS, ids=lambda script: script.__name__)
+def test_a_script_leaves_every_figure_and_the_numbers_of_the_model_it_saved(script, whole_runs):
+    (folder, processes), (flags, figures, terms) = whole_runs, WHOLE_RUNS[script]
+    done, out = processes[script].result(), folder / "runs" / script.__name__
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    out = tmp_path / "runs" / script.__name__
     expected = {f"{figure}.{suffix}" for figure in figures for suffix in ("png", "pdf")}
     assert {file.name for file in out.iterdir()} == expected | {"history.csv", "metrics.json", "checkpoint.pt", ".lock"}
     for figure in figures:
@@ -761,22 +775,23 @@ def test_a_script_leaves_every_figure_and_the_numbers_of_the_model_it_saved(scri
 # ---- A script of one's own ----------------------------------------------------------------------
 
 
-def test_the_readmes_own_model_is_recorded_as_itself_resumes_and_stands_in_a_table_beside_the_vae(tmp_path, capsys):
-    code = re.search(
-        r"## Your own model.*?```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )[1]
-    script = (ROOT / "vae.py").read_text(encoding="utf-8")
-    own = re.sub(r"def vae_loss.*?\n\n\n", lambda _: code + "\n\n", script, flags=re.DOTALL).replace(
-        "vae_loss", "iwae_loss"
-    )
-    (tmp_path / "iwae.py").write_text(own)
-    for path, flags in ((tmp_path / "iwae.py", "--epochs=1"), (ROOT / "vae.py", "--epochs=2")):
-        assert run_process([path, *QUICK, flags], tmp_path).returncode == 0
-    assert run_process(["iwae.py", "--resume", "runs/iwae", "--epochs", "2"], tmp_path).returncode == 0
-    metrics = json.loads((tmp_path / "runs" / "iwae" / "metrics.json").read_text())
+def test_the_readmes_own_model_is_recorded_as_itself_resumes_and_stands_in_a_table_beside_the_vae(
+    tmp_path, monkeypatch, capsys, figures
+):
+    readme, script = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "vae.py"))
+    loss = re.search(r"## Your own model.*?```python\n(.*?)```", readme, re.DOTALL)[1]
+    own = re.sub(r"def vae_loss.*?\n\n\n", lambda _: f"{loss}\n\n", script, flags=re.DOTALL)
+    (tmp_path / "iwae.py").write_text(own.replace("vae_loss", "iwae_loss"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    iwae = importlib.import_module("iwae")
+    iwae.main([*QUICK, "--epochs=1"])
+    runs = [iwae.main(["--resume", "runs/iwae", "--epochs=2"]), vae.main([*QUICK, "--epochs=2"])]
+    metrics = json.loads((runs[0] / "metrics.json").read_text())
     assert metrics["environment"]["script"] == "iwae.py" and metrics["test"]["bound"] > metrics["test"]["elbo"]
     assert metrics["protocol"]["optimizer"]["weight_decay"] == 0.1
-    compare_runs.main([str(tmp_path / "runs" / name) for name in ("vae", "iwae")] + ["--out", str(tmp_path)])
+    capsys.readouterr()
+    compare_runs.main(list(map(str, runs)))
     output = capsys.readouterr().out
     assert "| bound |" in output and "| VAE | 1 |" in output and "| iwae, epochs 1 to 2 after epoch 1 | 1 |" in output
 
@@ -787,13 +802,12 @@ DIE = """
 import os, signal, common, vae
 from test_models import few_test_images
 common.load_data = few_test_images(common.load_data)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they run in the background
 calls, real = 0, {target}
 def dying(*args, **kwargs):
     global calls
     calls += 1
     if calls == {call}:
-        os.kill(os.getpid(), signal.{signal})
+        os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 {target} = dying
 vae.main({argv!r})
@@ -801,32 +815,40 @@ vae.main({argv!r})
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_and_resumed_run_equals_one_that_was_not(tmp_path, figures):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    vae.main([*QUICK, "--epochs", "4", "--out", str(whole)])
-    argv = [*QUICK, "--epochs", "4", "--resume", "killed"]  # one command line starts and goes on
-    for code, epoch, name, target, call in (
-        (-9, 0, "SIGKILL", "common.to_pixels", 3),  # in the first epoch: no checkpoint yet
-        (130, 0, "SIGINT", "common.to_pixels", 5),  # nor here: nothing to draw
-        (-9, 0, "SIGKILL", "common.os.replace", 2),  # a checkpoint written, but not yet moved into place
-        (-9, 1, "SIGKILL", "common.os.replace", 3),  # in place, with the history one epoch behind
-        (-9, 1, "SIGKILL", "common.to_pixels", 15),  # in the middle of an epoch
-        (130, 2, "SIGINT", "common.to_pixels", 30),  # after the next
-    ):
-        done = run_process(["-c", DIE.format(signal=name, target=target, call=call, argv=argv)], tmp_path)
-        assert done.returncode == code, done.stderr
-        if code == 130:
-            kept = (
-                "go on with: python vae.py --resume killed"
-                if epoch
-                else "no epoch had ended, so nothing is kept in killed"
-            )
-            assert done.stderr == f"vae.py: interrupted; {kept}\n"
-        assert (read_checkpoint(killed)["epoch"] if (killed / "checkpoint.pt").exists() else 0) == epoch
-        assert (killed / "samples.png").exists() == (code == 130 and epoch > 0), "Ctrl-C draws what was trained"
-    assert json.loads((killed / "metrics.json").read_text())["train"]["epochs"] == 2
+def test_a_run_that_was_killed_or_stopped_and_resumed_equals_one_that_was_not(tmp_path, monkeypatch, capsys, figures):
+    monkeypatch.chdir(tmp_path)
+    whole, killed = vae.main([*QUICK, "--epochs=4", "--out=whole"]), Path("killed")
+    argv = [*QUICK, "--epochs=4", "--resume=killed"]  # one command line starts and goes on
 
-    vae.main(["--resume", str(killed)])  # with its own flags
+    def ctrl_c(call):
+        """Stop a run at a step, by a signal; what was kept by then, and the line in which it ends."""
+        steps, to_pixels = itertools.count(1), common.to_pixels
+
+        def stopping(images):
+            if next(steps) == call:
+                signal.raise_signal(signal.SIGINT)
+            return to_pixels(images)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "to_pixels", stopping)
+            line = ends(vae.main, argv, capsys, code=130)
+        return (killed / "checkpoint.pt").exists(), (killed / "samples.png").exists(), line
+
+    nothing = "vae.py: interrupted; no epoch had ended, so nothing is kept in killed\n"
+    assert ctrl_c(5) == (False, False, nothing)  # in the first epoch
+    for epoch, target, call in (
+        (0, "common.os.replace", 2),  # a checkpoint written, but not yet moved into place
+        (1, "common.os.replace", 3),  # in place, with the history one epoch behind
+        (1, "common.to_pixels", 15),  # in the middle of an epoch
+    ):
+        done = run_process(["-c", DIE.format(target=target, call=call, argv=argv)], tmp_path)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert (read_checkpoint(killed)["epoch"] if (killed / "checkpoint.pt").exists() else 0) == epoch
+        assert not (killed / "samples.png").exists()
+    assert ctrl_c(30) == (True, True, "vae.py: interrupted; go on with: python vae.py --resume killed\n")
+    assert json.loads((killed / "metrics.json").read_text())["train"]["epochs"] == 2, "it draws what was trained"
+
+    vae.main(["--resume", "killed"])  # with its own flags
     one, other = read_checkpoint(whole), read_checkpoint(killed)
     for part in ("encoder", "decoder"):
         assert all(torch.equal(tensor, other[part][name]) for name, tensor in one[part].items())
@@ -1116,20 +1138,12 @@ VALUES = {
     "--resume": ["file", "file/below", "x" * 300],
     **dict.fromkeys(["--no-such-flag", "--epoch"], ["3"]),
 }
-# What the other scripts have of their own to refuse: flags that are not theirs, and a bound of what is no likelihood.
-OTHERS = [
-    (vae, "--beta"),
-    (vae, "--warmup"),
-    (ae, "--capacity"),
-    (ae, "--binarize"),
-    (ae, "--iw-samples"),
-    (vae, "--iw-samples"),
-]
+NOT_THEIRS = [(vae, "--beta"), (vae, "--warmup"), (ae, "--capacity"), (ae, "--binarize"), (ae, "--iw-samples")]
 
 
 @pytest.mark.parametrize(
     "script, flag, values",
-    [(beta_vae, *item) for item in VALUES.items()] + [(script, flag, ["3"]) for script, flag in OTHERS],
+    [(beta_vae, *item) for item in VALUES.items()] + [(script, flag, ["3"]) for script, flag in NOT_THEIRS],
     ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
 )
 def test_bad_input_is_refused_in_one_line_and_writes_nothing(script, flag, values, tmp_path, monkeypatch, capsys):
@@ -1258,7 +1272,7 @@ def test_all_that_are_no_finished_runs_are_named_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "comparison.tex").exists()
 
 
-def test_the_benchmark_times_both_loops_and_whole_programs_and_sums_nats_rightly(mnist, capsys):
+def test_the_benchmark_times_both_loops_and_whole_programs_and_sums_nats_rightly(mnist, monkeypatch, capsys, figures):
     args = common.make_parser(vae.__file__, vae.__doc__).parse_args([*QUICK, "--limit=190", "--batch-size=189"])
     encoder, decoder = networks = benchmark.build_classic(args, "cpu")
     encoder[3].bias.data[20:] = 2  # a q whose samples are far from its mean
@@ -1269,5 +1283,8 @@ def test_the_benchmark_times_both_loops_and_whole_programs_and_sums_nats_rightly
     elbo = Bernoulli(decoder(q.sample()), validate_args=False).log_prob(x).sum() - kl_divergence(q, Normal(0, 1)).sum()
     assert loss == pytest.approx(-elbo.item() / 190, abs=5)  # of 206: from q's mean 240, the mean of batches' means 177
     assert min(*rates, *benchmark.textbook(args, x.device)[:2], *benchmark.ours(args, x.device)) > 0
-    assert 100 < benchmark.whole_run([*QUICK, "--epochs=1"]) < 400 and benchmark.count_flops(args) == 2_018_560
+    assert benchmark.count_flops(args) == 2_018_560
+    monkeypatch.setattr(subprocess, "run", lambda argv, **_: vae.main(argv[2:]))  # in this process
+    assert 100 < benchmark.whole_run([*QUICK, "--epochs=1"]) < 400
+    assert f"python vae.py {benchmark.QUICK_LOOK}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "gpu cannot be used" in ends(benchmark.main, ["--device", "gpu"], capsys)
