@@ -51,8 +51,10 @@ def load_data(root, name="MNIST", device="cpu", limit=None, binarize=False):
     source, folder = getattr(torchvision.datasets, name), Path(root) / name / "raw"
     archives = [(folder / archive, md5) for archive, md5 in source.resources]
     bad = [path.name for path, md5 in archives if path.exists() and not check_integrity(path, md5)]
-    # These may be another data set's: nothing is written over them, or put beside them.
-    bad += [path.name for path, md5 in archives if not path.exists() and (bad or not download(source, path, md5))]
+    for path, md5 in archives:
+        # A bad one may be another data set's: nothing is written over it, or put beside it.
+        if not path.exists() and (bad or not download(source, path, md5)):
+            bad.append(path.name)
     if bad:
         problem = f"missing, damaged or not {name}'s in {folder}, and no download"
         raise RuntimeError(f"{', '.join(bad)}: {problem}; put the original there")
@@ -241,7 +243,7 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
+        return {name: term.detach() for name, term in dict(loss=loss, **terms).items()}
 
     try:
         if device.type == "cuda" and len(history) < args.epochs:
@@ -310,7 +312,7 @@ def evaluate(encoder, decoder, images, loss_fn):
     totals = defaultdict(float)
     for batch in images.split(EVAL_BATCH):
         loss, terms = loss_fn(encoder, decoder, to_pixels(batch))
-        for name, value in {"loss": loss, **terms}.items():
+        for name, value in dict(loss=loss, **terms).items():
             totals[name] += value * len(batch)  # a short last batch counts for less
     return {name: value.item() / len(images) for name, value in totals.items()}
 

@@ -1077,6 +1077,11 @@ def test_pixels_are_a_copy_and_images_that_are_not_bytes_are_refused():
         common.encode(build()[0], images.float())
 
 
+def test_a_term_that_would_hide_the_loss_is_refused(mnist, tmp_path):
+    with pytest.raises(TypeError, match="'loss'"):
+        train(mnist, tmp_path, loss_fn=lambda *call: (vae.vae_loss(*call)[0], {"loss": torch.zeros(())}))
+
+
 def test_layers_that_differ_in_training_are_switched_and_codes_are_ordinary_tensors(mnist, tmp_path):
     models = build()
     models[0].model.append(torch.nn.Sequential(torch.nn.BatchNorm2d(NARROW[3]), torch.nn.Dropout(0.5)))
