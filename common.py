@@ -754,7 +754,7 @@ def save_checkpoint(encoder, decoder, optimizer, history, args, out):
     buffer = io.BytesIO()  # a full disk is then a plain OSError, which torch.save to a path does not raise
     torch.save(checkpoint, buffer)
     with replacing(Path(out) / "checkpoint.pt") as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(buffer.getvalue())
 
 
 def read_checkpoint(folder):

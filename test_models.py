@@ -668,6 +668,7 @@ def test_a_scripts_numbers_and_samples_are_those_its_flags_ask_for(script, run, 
     samples = ae.sample_codes(train_mu, 100) if script is ae else torch.randn(100, 2)
     torch.testing.assert_close(grid.call_args.args[1].view(100, 2), samples)
     assert all(figure.axes[0].get_title().startswith("KMNIST: ") for figure in figures)
+    assert (out / "manifold.pdf").exists() == (script is not ae)
 
 
 @pytest.mark.parametrize("script", [vae, beta_vae], ids=["vae", "beta_vae"])
