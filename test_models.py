@@ -505,7 +505,8 @@ def test_a_capture_leaves_weights_buffers_and_optimizer_as_they_were(error, line
         for number in range(steps + 3):
             if capture and number == steps:
                 graphed = common.as_cuda_graph(training_step, *models, optimizer, 16)
-                assert (graphed is training_step) == (error is not None)
+                failed = graphed is training_step, not optimizer.param_groups[0]["capturable"]
+                assert failed == (error is not None,) * 2
             optimizer.param_groups[0].update(lr=1e-2 / (number + 1), capturable=False)
             torch.manual_seed(number)
             training_step(torch.arange(32))
