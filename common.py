@@ -488,7 +488,7 @@ def plot_loss_curves(history, labels, data, out):
             margin = 0.05 * (max(late) - min(late)) or 1
             ax.set_ylim(min(late) - margin, max(late) + margin)
             ax.set(xlabel="epoch", ylabel=f"{label}\n(nats per image)" if name in NATS else label)
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # of a single epoch too
             ax.label_outer()
         axes[0].legend(ncols=2, frameon=False)
 

@@ -639,6 +639,8 @@ def test_loss_curves_draw_all_epochs_in_a_panel_that_only_the_first_tenth_may_le
     low, high = figures[-1].axes[0].get_ylim()
     assert low < 3 / 20 and 4 / 3 < high < 3 / 2  # the lowest of all, the highest of the third and second epochs
     assert [ax.get_ylabel() for ax in figures[-1].axes] == ["KL\n(nats per image)", "own term"]
+    common.plot_loss_curves(history[:1], {"kl": "KL"}, mnist, tmp_path)
+    assert figures[-1].axes[0].get_xticks().astype(int).tolist() == figures[-1].axes[0].get_xticks().tolist()
 
 
 # ---- Scripts: what they hand to common.py --------------------------------------------------------
