@@ -122,7 +122,7 @@ def markdown(columns, rows):
 def latex(heading, name, groups, columns, rows):
     """A table of one column's width: standard deviations below their means, what else names a run below its model."""
     epochs = {run["args"]["epochs"] for _, members in groups for run in members}
-    caption = [heading] + [f"{min(epochs)} epochs"] * (len(epochs) == 1)
+    caption = [heading] + [f"{min(epochs)} epoch" + "s" * (epochs != {1})] * (len(epochs) == 1)
     counts = {len(members) for _, members in groups}
     n = min(counts) if len(counts) == 1 else "$n$"
     caption.append("one seed" if n == 1 else f"mean and standard deviation over {n} seeds")
