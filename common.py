@@ -942,6 +942,7 @@ def make_parser(script, doc):
     fit.add_argument("--epochs", metavar="N", type=positive_int, default=20, help="passes over the training images")
     fit.add_argument("--batch-size", metavar="N", type=positive_int, default=128, help="images per step")
     fit.add_argument("--lr", type=positive_float, default=3e-3, help="peak learning rate of AdamW")
+    parser.file = script
     parser.set_defaults(script=parser.prog, binarize=False, iw_samples=None, changes=[])
     return parser
 
@@ -999,7 +1000,8 @@ def how_to_go_on(parser, args, folder):
     if not (folder / "checkpoint.pt").exists():
         return f"no epoch had ended, so nothing is kept in {folder}"
     kept = read_checkpoint(folder)["args"]
-    command = ["python", parser.prog, "--resume", str(folder)]
+    script = parser.prog if Path(parser.prog).exists() else parser.file  # which may lie in another folder
+    command = ["python", script, "--resume", str(folder)]
     for name in RESUMABLE:  # what was changed when it was resumed last, before another epoch ended
         if getattr(args, name) != kept[name]:
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

@@ -843,7 +843,7 @@ def test_a_run_that_was_killed_or_stopped_and_resumed_equals_one_that_was_not(tm
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert (read_checkpoint(killed)["epoch"] if (killed / "checkpoint.pt").exists() else 0) == epoch
         assert not (killed / "samples.png").exists()
-    assert ctrl_c(30) == (True, True, "vae.py: interrupted; go on with: python vae.py --resume killed\n")
+    assert ctrl_c(30) == (True, True, f"vae.py: interrupted; go on with: python {vae.__file__} --resume killed\n")
     assert json.loads((killed / "metrics.json").read_text())["train"]["epochs"] == 2, "it draws what was trained"
 
     vae.main(["--resume", "killed"])  # with its own flags
@@ -892,6 +892,7 @@ def test_a_resumed_run_refuses_by_name_what_would_falsify_its_numbers(finished, 
 
 def test_a_stopped_run_names_the_flags_it_was_given_last(finished, tmp_path, monkeypatch, capsys, figures):
     run = Path(shutil.copytree(finished, tmp_path / "a run"))
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(common, "evaluate", Mock(side_effect=KeyboardInterrupt))  # in the third epoch
     error = ends(beta_vae.main, ["--resume", run, "--epochs", "4", "--lr", "2e-3"], capsys, code=130)
     assert error.endswith(f"go on with: python beta_vae.py --resume '{run}' --epochs 4 --lr 0.002\n")
