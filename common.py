@@ -243,7 +243,7 @@ def train_model(encoder, decoder, data, loss_fn, args, out, progress=None):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return {name: term.detach() for name, term in dict(loss=loss, **terms).items()}
+        return {name: term.detach() for name, term in dict(loss=loss, **terms).items()}  # one loss, or an error
 
     try:
         if device.type == "cuda" and len(history) < args.epochs:
@@ -1000,8 +1000,8 @@ def how_to_go_on(parser, args, folder):
     if not (folder / "checkpoint.pt").exists():
         return f"no epoch had ended, so nothing is kept in {folder}"
     kept = read_checkpoint(folder)["args"]
-    script = parser.prog if Path(parser.prog).exists() else parser.file  # which may lie in another folder
-    command = ["python", script, "--resume", str(folder)]
+    here = Path(parser.prog).resolve() == Path(parser.file).resolve()  # or the script lies in another folder
+    command = ["python", parser.prog if here else parser.file, "--resume", str(folder)]
     for name in RESUMABLE:  # what was changed when it was resumed last, before another epoch ended
         if getattr(args, name) != kept[name]:
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
