@@ -16,7 +16,6 @@ import shlex
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 import timeit
 from collections import namedtuple
@@ -139,8 +138,6 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """torch's layer with its bias added separately: on a CPU, oneDNN's own gradient of that bias is slow."""
 
     def forward(self, x):
-        if not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
         h = F.conv_transpose2d(x, self.weight, None, self.stride, self.padding)
         return h + self.bias.to(h.dtype)[:, None, None]
 
@@ -184,6 +181,8 @@ def reconstruction_term(logits, x, kind="bce"):
     kind "bce": Bernoulli pixels; for gray pixels this is a cross-entropy, not a likelihood.
     kind "mse": Gaussian pixels of variance 1 around sigmoid(logits), without 784 / 2 log(2 pi) = 720.4 nats.
     """
+    if kind not in ("bce", "mse"):
+        raise ValueError(f"kind must be 'bce' or 'mse', not {kind!r}")
     if kind == "bce":
         pixels = F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none")
     else:
@@ -192,11 +191,8 @@ def reconstruction_term(logits, x, kind="bce"):
 
 
 def kl_per_latent(mu, logvar):
-    """KL(N(mu, exp(logvar)) || N(0, 1)) of each latent, in nats, averaged over the batch.
-
-    mu, logvar: (B, latent_dim). Returns (latent_dim,). Kingma & Welling (2014), appendix B.
-    """
-    mu, logvar = mu.float(), logvar.float()
+    """KL(N(mu, exp(logvar)) || N(0, 1)), (latent_dim,), in nats, the batch's mean. mu, logvar: (B, latent_dim)."""
+    mu, logvar = mu.float(), logvar.float()  # Kingma & Welling (2014), appendix B
     return (-0.5 * (1 + logvar - mu.square() - logvar.exp())).mean(dim=0)  # over the batch
 
 
@@ -234,16 +230,15 @@ def epochs_left(history, epochs):
 
 
 class Meter:
-    """Sums the loss and terms of one epoch's steps; on a terminal, shows speed and time left."""
+    """Sums the loss and terms, scalar tensors, of an epoch's steps; shows speed and time left on a terminal."""
 
     def __init__(self, epoch, steps, args):
         self.epoch, self.steps, self.args = epoch, steps, args
         self.totals, self.done, self.start = {}, 0, time.perf_counter()
 
     def add(self, loss, terms):
-        """Add the scalar tensors of a step. Raises TypeError for a term named loss, which would hide it."""
-        for name, term in dict(loss=loss, **terms).items():  # on the device: reading would stall each step
-            self.totals[name] = self.totals.get(name, 0) + term.detach().float()
+        for name, term in dict(loss=loss, **terms).items():  # a term named loss is a TypeError
+            self.totals[name] = self.totals.get(name, 0) + term.detach().float()  # no wait for the device
         self.done += 1
         if self.done % 50 == 0 and sys.stdout.isatty():
             self.totals["loss"].item()  # waits for the device, which may only have queued the steps
@@ -273,7 +268,8 @@ def print_epoch(history, args):
     row, epochs = history[-1], f"{len(history)}/{args.epochs}"
     line = f"epoch {epochs}  {(args.epochs - len(history)) * row['seconds']:.0f} s left  test"
     line += "".join(f" {name[5:]} {value:.2f}" for name, value in row.items() if name.startswith("test_"))
-    print("\r\x1b[K" * sys.stdout.isatty() + textwrap.wrap(line, 79)[0], flush=True)  # over Meter's line
+    line = line if len(line) < 80 else line[:80].rpartition(" ")[0]
+    print("\r\x1b[K" * sys.stdout.isatty() + line, flush=True)  # over the line that Meter shows
 
 
 # ---- Evaluation --------------------------------------------------------------------------------
@@ -672,7 +668,9 @@ def save_metrics(out, measured):
     older = json.loads(path.read_text(encoding="utf-8"))["test"] if path.exists() else {}
     # The bound of a file that is replaced stays; a term of the script wins over a measurement of its name.
     test = {**terms, **{name: older[name] for name in older if name.startswith("iw_")}, **measured, **terms}
-    for name in [name for name, value in test.items() if not torch.tensor(value).isfinite().all()]:
+    for name in [
+        name for name in test if any(word in json.dumps(test[name]) for word in ("NaN", "Infinity"))
+    ]:
         print(f"{name} is not finite, so it is left out of {path}", file=sys.stderr)
         del test[name]
     seconds = sum(row["seconds"] for row in history)
