@@ -191,7 +191,7 @@ def reconstruction_term(logits, x, kind="bce"):
 
 
 def kl_per_latent(mu, logvar):
-    """KL(N(mu, exp(logvar)) || N(0, 1)), (latent_dim,), in nats, the batch's mean. mu, logvar: (B, latent_dim)."""
+    """KL(N(mu, exp(logvar)) || N(0, 1)) in nats: (B, latent_dim) each to (latent_dim,), the batch's mean."""
     mu, logvar = mu.float(), logvar.float()  # Kingma & Welling (2014), appendix B
     return (-0.5 * (1 + logvar - mu.square() - logvar.exp())).mean(dim=0)  # over the batch
 
@@ -230,7 +230,7 @@ def epochs_left(history, epochs):
 
 
 class Meter:
-    """Sums the loss and terms, scalar tensors, of an epoch's steps; shows speed and time left on a terminal."""
+    """Sums the loss and terms, scalar tensors, of an epoch's steps; shows progress on a terminal."""
 
     def __init__(self, epoch, steps, args):
         self.epoch, self.steps, self.args = epoch, steps, args
