@@ -275,9 +275,9 @@ def print_epoch(history, args):
 # ---- Evaluation --------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(loss, networks, images, *more, **settings):
-    """Mean loss and terms, floats, over uint8 images (N, 1, 28, 28), in float32, z drawn with a fixed seed.
+    """Mean loss and terms over uint8 images (N, 1, 28, 28), in float32, z drawn with a fixed seed; floats.
 
-    Calls loss(*networks, x, *batch_of_more, **settings) in evaluation mode under no_grad; more: labels, say.
+    Calls loss(*networks, x, *batch_of_more, **settings) in evaluation mode, under no_grad. more: such as labels.
     """
     for network in networks:
         network.eval()
@@ -548,13 +548,13 @@ def pick_precision(device):
 
 
 def set_up_device(device, *networks):
-    """Make float32 exact on `device`, and training fast."""
+    """Make float32 exact on `device`, and training fast: freed memory is reused, weights are channels_last."""
     torch.set_float32_matmul_precision("highest")  # float32 is not rounded to TensorFloat-32, in products
     torch.backends.cudnn.allow_tf32 = False  # and in convolutions
     if device.type == "cpu" and sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # glibc's
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at their largest: what a step frees is
-        mallopt(-1, (2 << 30) - 1)  # kept for the next one, instead of mapped anew: a sixth of a step
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # glibc's; saves a sixth of a step
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+        mallopt(-1, (2 << 30) - 1)  # M_TRIM_THRESHOLD
     if device.type != "mps":  # its channels_last kernels are slower, and were wrong at times (pytorch#143196)
         for network in networks:
             network.to(memory_format=torch.channels_last)  # the layout that convolution kernels work in
@@ -562,7 +562,7 @@ def set_up_device(device, *networks):
 
 # ---- Run folder --------------------------------------------------------------------------------
 def start_run(args):
-    """Pick the device, load the data, make the folder; returns (data, out). Ends in one line on bad input."""
+    """Pick the device, load the data, make the folder; returns (data, out). Bad input ends the program."""
     try:
         device = pick_device(args.device)
         root = args.data or Path(__file__).with_name("data")
