@@ -277,7 +277,7 @@ def print_epoch(history, args):
 def evaluate(loss, networks, images, *more, **settings):
     """Mean loss and terms over uint8 images (N, 1, 28, 28), in float32, z drawn with a fixed seed; floats.
 
-    Calls loss(*networks, x, *batch_of_more, **settings) in evaluation mode, under no_grad. more: such as labels.
+    Calls loss(*networks, x, *batch_of_more, **settings) in evaluation mode, under no_grad; more: say, labels.
     """
     for network in networks:
         network.eval()
@@ -548,7 +548,7 @@ def pick_precision(device):
 
 
 def set_up_device(device, *networks):
-    """Make float32 exact on `device`, and training fast: freed memory is reused, weights are channels_last."""
+    """Make float32 exact on `device`, and training fast: memory is reused, weights are channels_last."""
     torch.set_float32_matmul_precision("highest")  # float32 is not rounded to TensorFloat-32, in products
     torch.backends.cudnn.allow_tf32 = False  # and in convolutions
     if device.type == "cpu" and sys.platform == "linux":
