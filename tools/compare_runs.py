@@ -1,18 +1,19 @@
-"""Compare finished runs: a table over seeds, the same for LaTeX, and the rate-distortion plane.
+"""python -m tools.compare_runs runs/* --out comparison
 
-    python -m tools.compare_runs runs/*
-
-Runs that differ only in their seed become one row, mean and standard deviation over seeds. Runs whose
-numbers do not compare (other data set, pixels, likelihood or split) get tables of their own.
-`comparison.tex` needs booktabs and graphicx, and fits a column of 3.25 inches.
+Prints a table of finished runs for each protocol: data set, pixels, likelihood and number of images.
+With --out, also writes the tables for LaTeX and plots the rate-distortion plane. comparison.tex needs the
+packages booktabs and graphicx and fits a column of 3.25 inches.
 """
 
+import argparse
 import json
 import math
 import re
 import statistics
+import sys
 import textwrap
 from collections import defaultdict
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -21,179 +22,184 @@ from matplotlib.ticker import MaxNLocator
 import common
 
 MODELS = {"ae.py": "AE", "vae.py": "VAE", "beta_vae.py": "beta-VAE"}
-NOT_THE_MODEL = ("seed", "out", "resume", "data", "device", "iw_samples")
-METRICS = {  # heading, the same in LaTeX, its unit there, format, factor, what it means
-    "recon": ("recon", "recon", "nats", ".2f", 1, ""),
-    "kl": ("KL", "KL", "nats", ".2f", 1, ""),
-    "elbo": ("ELBO", "ELBO", "nats", ".2f", 1, ""),
-    "iw_bound": ("IW bound, K = {K}", r"$\mathcal{{L}}_{{{K}}}$", "nats", ".2f", 1, "bound of $K$ importance samples"),
-    "active_units": ("active units", "AU", "units", ".1f", 1, "active units"),
-    "probe_accuracy": ("probe %", "probe", r"\%", ".1f", 100, "accuracy of a linear probe of the codes"),
-    "mse": ("1000 MSE", "MSE", "$10^{-3}$", ".2f", 1000, "squared error a pixel, from the mean code"),
-}
-IN_LATEX = str.maketrans({special: "\\" + special for special in "&%$#_{}"})
-FIT = r"\resizebox{\ifdim\width>\columnwidth\columnwidth\else\width\fi}{!}{%"  # what is wider than a column
-PROTOCOL = "{dataset}, {pixels} pixels; {recon}; {split}"  # what must be the same for numbers to compare
+LIKELIHOODS = {"bce": "Bernoulli cross-entropy", "mse": "Gaussian of unit variance (constant left out)"}
+NOT_SETTINGS = {"seed", "out", "resume", "data", "device", "iw_samples"}  # may differ within a row
+HEADINGS = {"recon": "recon", "kl": "KL", "elbo": "ELBO", "iw_bound": "IW bound"}
+HEADINGS |= {"active_units": "active units", "probe_accuracy": "probe %", "mse": "1000 MSE"}
+DIGITS = dict.fromkeys(HEADINGS.values(), ".2f") | {"active units": ".1f", "probe %": ".1f"}
+FACTORS = {"probe %": 100, "1000 MSE": 1000}
+# Columns only if --columns names them; PCA and raw pixels have rows instead.
+HIDDEN = {"loss", "iw_samples", "pca_components", "pca_mse", "pca_probe_accuracy", "pixel_probe_accuracy"}
+IN_LATEX = {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$"}
+IN_LATEX |= {character: "\\" + character for character in "{}$&#%_"}
+wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
+greek = partial(re.sub, r"\bbeta(?=-VAE| = )", r"$\\beta$")  # for LaTeX and matplotlib
 
 
-def read_runs(parser, folders):
-    """The metrics.json of each folder; all that hold no finished run, or one twice, are named in one line."""
-    runs, faults = {}, []
+def read_runs(folders):
+    """Return {protocol: [(order, settings, test), ...]}, and say on stderr which folders are left out and why."""
+    runs, seen = defaultdict(list), {}
     for folder in folders:
         try:
-            run = json.loads((Path(folder) / "metrics.json").read_text())
-            args = {"dataset": "MNIST", "changes": [], **run["args"]}  # which older runs lack
-            run["heading"] = PROTOCOL.format_map(args | run["protocol"])
-            run["test"] = {name: x for name, x in run["test"].items() if type(x) in (int, float) and math.isfinite(x)}
-            # All that makes two models differ, but for the seed. A flag that was not given is left out.
-            own = args | {name: run["environment"][name] for name in ("script", "precision")}
-            own["changes"] = [change for change in args["changes"] if change["name"] in ("epochs", "lr", "precision")]
-            own = {name: own[name] for name in sorted(own) if name not in NOT_THE_MODEL and own[name] is not None}
-            run["settings"], identity = own, json.dumps([own, run["heading"], args["seed"]])
-            if run["train"]["epochs"] < args["epochs"]:
-                raise ValueError(f"stopped after {run['train']['epochs']} of {args['epochs']} epochs")
-            if identity in runs:
-                raise ValueError(f"the same run as {runs[identity][0]}, seed and all")
-            runs[identity] = folder, run
+            metrics = json.loads(Path(folder, "metrics.json").read_text(encoding="utf-8"))
+            args, epochs, images = metrics["args"], metrics["train"]["epochs"], metrics["environment"]
+            pixels = "binarized" if args.get("binarize") else "gray"
+            protocol = f"{args['dataset']}, {pixels} pixels; {LIKELIHOODS.get(args['recon'], args['recon'])}"
+            protocol += f"; trained on {images['train_images']} images, tested on {images['test_images']}"
+            script, beta = args["script"], args.get("beta")
+            order = [*MODELS, script].index(script), script, beta if type(beta) in (int, float) else math.inf
+            settings = {name: x for name, x in args.items() if name not in NOT_SETTINGS and x is not None}
+            identity = json.dumps([protocol, settings, args["seed"]], sort_keys=True)
+            run = order, settings, read_test(folder, metrics["test"])
+            reason = f"the same run as {seen[identity]}" if identity in seen else None
+            if epochs < args["epochs"]:
+                reason = f"stopped after {epochs} of {args['epochs']} epochs"
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = "no metrics.json" if isinstance(error, FileNotFoundError) else error
-            faults.append(f"{folder} ({reason})")
-    if faults:
-        parser.error(f"argument RUN: no finished run, or one twice: {', '.join(faults)}")
-    return [run for _, run in runs.values()]
+            reason = "no metrics.json" if isinstance(error, OSError) else "metrics.json is damaged"
+        if reason:
+            print(f"left out: {folder}, {reason}", file=sys.stderr)
+        else:
+            runs[protocol].append(run)
+            seen[identity] = folder
+    return runs
 
 
-def group_runs(runs):
-    """Yields (label, runs that differ only in seed); a label names the model and what sets it apart from its kind."""
-    groups = defaultdict(list)
-    for run in runs:
-        groups[json.dumps(run["settings"])].append(run)
-    groups = [(members[0]["settings"], members) for members in groups.values()]
-    scripts = [*MODELS, *sorted({own["script"] for own, _ in groups})]
-    groups.sort(key=lambda group: (scripts.index(group[0]["script"]), group[0].get("beta", 0)))
-    for own, members in groups:
+def read_test(folder, test):
+    """Return {heading: number}. A custom term wins over a measurement, and its heading is its own name."""
+    history = Path(folder, "history.csv")
+    header = history.read_text(encoding="utf-8").splitlines()[0] if history.exists() else ""
+    custom = {name.removeprefix("test_") for name in header.split(",")} - {"recon", "kl", "elbo"}
+    headings = {name: name if name in custom else HEADINGS.get(name, name) for name in test}
+    if "iw_samples" in test:  # each number of samples gives another bound
+        headings["iw_bound"] = f"IW bound, K = {test['iw_samples']}"
+    return {headings[name]: x for name, x in test.items() if type(x) in (int, float) and math.isfinite(x)}
+
+
+def make_rows(runs):
+    """Return (label, seeds, tests) for runs that differ only in their seed, then for PCA and raw pixels."""
+    groups, rows = defaultdict(list), {}
+    for _, settings, test in sorted(runs, key=lambda run: run[0]):
+        groups[json.dumps(settings, sort_keys=True)].append(test)
+    for key, tests in groups.items():
+        own = json.loads(key)
         label = MODELS.get(own["script"], Path(own["script"]).stem)
-        label += f", beta = {own['beta']:g}" if "beta" in own else ""
-        told = {"script", "beta", "changes", *(change["name"] for change in own["changes"])}
-        for name, value in own.items():
-            # Another model may have another recipe, but a reader would not expect it to train for longer.
-            kind = [other for other, _ in groups if name == "epochs" or other["script"] == own["script"]]
-            if name not in told and any(other.get(name) != value for other in kind):
-                label += f", {name.replace('_', ' ')} {value}"
-        changes = [", {name} {from} to {to} after epoch {after_epoch}".format(**change) for change in own["changes"]]
-        yield label + "".join(changes), members
+        if "beta" in own:
+            label += f", beta = {str(own['beta']).removesuffix('.0')}"
+        for name in sorted(own.keys() - {"script", "beta"}):
+            # Scripts may differ in their settings, but one that trains for longer than another should say so.
+            others = [other for _, other, _ in runs if name == "epochs" or other["script"] == own["script"]]
+            if any(other.get(name) != own[name] for other in others):
+                label += f", {name.replace('_', ' ')} {own[name]}"
+        rows[key] = label, str(len(tests)), tests
+    for prefix, text in (("pca_", "PCA, {} components"), ("pixel_", "raw pixels")):
+        for test in sorted((test for *_, test in runs), key=lambda test: test.get("pca_components", 0)):
+            label = text.format(test.get("pca_components"))
+            found = {HEADINGS[name]: test[prefix + name] for name in HEADINGS if prefix + name in test}
+            rows[label] = label, "", [found]  # the same in all runs
+    return list(rows.values())
 
 
-def table(groups):
-    """Columns (metric, K, heading, LaTeX heading, unit, format, factor) and rows (label, seeds, cells of texts)."""
-    runs = [run for _, members in groups for run in members]
-    columns = []
-    terms = {name for run in runs for name in run["test"] if not re.match("loss$|pca_|pixel_", name)}
-    # What METRICS does not know is a script's own term, of no known unit.
-    own = {name: (name, name.translate(IN_LATEX), "", ".4f", 1, "") for name in sorted(terms - METRICS.keys())}
-    for metric, (heading, tex, *rest, _) in {**METRICS, **own}.items():
-        # Bounds of other numbers of samples are other quantities: a column each.
-        ks = {run["protocol"]["K"] if metric == "iw_bound" else None for run in runs if metric in run["test"]}
-        columns += [(metric, k, heading.format(K=k), tex.format(K=k), *rest) for k in sorted(ks, key=lambda k: k or 0)]
-
-    def cells(tests):  # [(K, metrics of a run)]
-        for metric, k, _, _, _, style, factor in columns:
-            values = [factor * test[metric] for own, test in tests if metric in test and k in (None, own)]
-            mean = [f"{statistics.mean(values):{style}}"] if values else []
-            spread = [f"± {statistics.stdev(values):{style}}"] if len(values) > 1 else []
-            yield mean + spread + [f"(n = {len(values)})"] * (0 < len(values) < len(tests))  # where some lack it
-
-    rows = [(label, len(own), [(run["protocol"]["K"], run["test"]) for run in own]) for label, own in groups]
-    linear = {}  # what PCA and raw pixels reach: the same in all runs
-    for run in runs:
-        for prefix, label in (("pca_", f"PCA, {run['args'].get('latent_dim')} components"), ("pixel_", "raw pixels")):
-            test = {name.removeprefix(prefix): x for name, x in run["test"].items() if name.startswith(prefix)}
-            linear |= {label: test} if test else {}
-    rows += [(label, "", [(None, test)]) for label, test in sorted(linear.items())]
-    return columns, [(label, seeds, list(cells(tests))) for label, seeds, tests in rows]
+def make_table(rows, names):
+    """Return lines of cells; a cell is a list of texts, which LaTeX sets below each other."""
+    found = {heading for *_, tests in rows for test in tests for heading in test}
+    names = names or [*HEADINGS, *sorted(found - HIDDEN)]
+    found = sorted(found, key=lambda heading: (len(heading), heading))  # a bound of 64 samples before 128
+    columns = [x for name in names for x in found if x.split(", K = ")[0] in (name, HEADINGS.get(name))]
+    columns = list(dict.fromkeys(columns))
+    table = [[["model"], ["seeds"], *(wrap(heading, 9) for heading in columns)]]
+    for label, seeds, tests in rows:
+        cells = [make_cell(heading, tests) for heading in columns]
+        if any(cells):
+            table.append([wrap(label, 24), [seeds], *cells])
+    return table
 
 
-def markdown(columns, rows):
-    lines = [["model", "seeds", *(heading for _, _, heading, *_ in columns)], ["---"] + ["---:"] * (len(columns) + 1)]
-    lines += [[label, str(seeds), *(" ".join(cell) for cell in cells)] for label, seeds, cells in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def make_cell(heading, tests):
+    """Return the mean, the standard deviation over seeds, and the number of runs if some lack the metric."""
+    values = [FACTORS.get(heading, 1) * test[heading] for test in tests if heading in test]
+    if not values:
+        return []
+    mean = statistics.mean(values)
+    digits = DIGITS.get(heading.split(", K = ")[0], ".1f" if abs(mean) >= 100 else ".4g")
+    deviation = [f"± {statistics.stdev(values):{digits}}"] if len(values) > 1 else []
+    number = [f"(n = {len(values)})"] if len(values) < len(tests) else []
+    return [f"{mean:{digits}}", *deviation, *number]
 
 
-def latex(heading, name, groups, columns, rows):
-    """A table of one column's width: standard deviations below their means, what else names a run below its model."""
-    epochs = {run["args"]["epochs"] for _, members in groups for run in members}
-    caption = [heading] + [f"{min(epochs)} epoch" + "s" * (epochs != {1})] * (len(epochs) == 1)
-    counts = {len(members) for _, members in groups}
-    n = min(counts) if len(counts) == 1 else "$n$"
-    caption.append("one seed" if n == 1 else f"mean and standard deviation over {n} seeds")
-    shown = [METRICS[metric] for metric in METRICS if any(column[0] == metric for column in columns)]
-    caption += [f"{tex.format(K='K')}: {meaning}" for _, tex, *_, meaning in shown if meaning]
-    small = r"\scriptsize {}".format
-    lines = [["", *(small(column[i]) for column in columns)] for i in (3, 4)]
-    for label, seeds, cells in rows:
-        label = re.sub(r"\bbeta\b", r"$\\beta$", label.translate(IN_LATEX))
-        model, more = re.fullmatch(r"([^,]*(?:, \$\\beta\$ = [^,]*)?)(?:, )?(.*)", label).groups()
-        more = ", ".join([more] * bool(more) + [f"$n={seeds}$"] * (n == "$n$" and seeds != ""))
-        first = [model, *map(small, textwrap.wrap(more, 22))]  # in as many lines as keep the column narrow
-        texts = [[f"${text}$" for text in cell[:1]] + [small(text) for text in cell[1:]] for cell in cells]
-        lines += zip_longest(first, *texts, fillvalue="")
-    begin = [r"\begin{table}", r"\centering", rf"\caption{{{'; '.join(caption)}.}}", rf"\label{{{name}}}"]
-    begin += [r"\smallskip\footnotesize\setlength{\tabcolsep}{2pt}", FIT]
-    begin += [rf"\begin{{tabular}}{{@{{}}l{'r' * len(columns)}@{{}}}}", r"\toprule"]
-    body = [" & ".join(line).replace("± ", r"$\pm$") + r" \\" for line in lines]
-    body.insert(2, r"\midrule")  # below the headings and their units
-    return "\n".join([*begin, *body, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
+def escape(text):
+    """Return LaTeX that typesets the text literally, but with minus signs and the letter beta."""
+    return re.sub(r"^-(?=\d)", "$-$", greek(text.translate(str.maketrans(IN_LATEX))))
 
 
-def plot_rate_distortion(tables, out):
-    """KL against recon, a marker a run, a panel a protocol; along a grey line the ELBO is the same."""
-    panels = {}
-    for heading, groups in tables.items():
-        for label, members in groups:
-            tests = [run["test"] for run in members if {"kl", "recon"} <= run["test"].keys()]
-            if tests:
-                panels.setdefault(heading, []).append((label, [(test["kl"], test["recon"]) for test in tests]))
-    if not panels:
+def latex(heading, number, table):
+    """Return a LaTeX table, with standard deviations below the means to keep it narrow."""
+    lines = []
+    for line in table:
+        for i, texts in enumerate(zip_longest(*line, fillvalue="")):
+            size = r"\scriptsize " if i > 0 else ""
+            lines.append(" & ".join(text and size + escape(text) for text in texts) + r" \\")
+    lines.insert(max(map(len, table[0])), r"\midrule")  # below the headings
+    body = "\n".join(lines)
+    return rf"""\begin{{table}}\centering
+\caption{{{escape(heading)} Mean and standard deviation over seeds.}}\label{{tab:comparison-{number}}}
+\smallskip\footnotesize\setlength{{\tabcolsep}}{{2pt}}
+\resizebox{{\ifdim\width>\columnwidth\columnwidth\else\width\fi}}{{!}}{{%
+\begin{{tabular}}{{@{{}}l{"r" * (len(table[0]) - 1)}@{{}}}}\toprule
+{body}
+\bottomrule\end{{tabular}}}}\end{{table}}
+"""
+
+
+def plot_rate_distortion(protocol, rows, out, name):
+    """Plot recon against KL of at least two runs, and lines of equal ELBO, which is -(recon + KL)."""
+    points = [(label, test) for label, _, tests in rows for test in tests if {"KL", "recon"} <= {*test}]
+    if len(points) < 2:
         return
-    title, height = "Along a grey line the ELBO is the same", 0.8 * common.WIDTH * len(panels)
-    with common.new_figure(out, "rate_distortion", title, height, len(panels)) as axes:
-        for ax, (heading, groups) in zip(axes, panels.items()):
-            ax.margins(0.15)
-            for i, (label, points) in enumerate(groups):
-                look = {"color": common.DIGIT_COLOURS[i % 10], "markersize": 3, "markeredgewidth": 0}
-                ax.plot(*zip(*points), "os^Dv"[i % 5], label=textwrap.fill(label, 30), **look)
-            (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-            for total in MaxNLocator(6).tick_values(left + bottom, right + top):
-                ax.axline((left, total - left), slope=-1, color="0.8", linewidth=0.5, zorder=0)
-                if bottom < total - right < top:  # where the line leaves the panel
-                    ax.annotate(f" $-{total:g}$", (right, total - right), color="0.5", fontsize=5, va="center")
-            xlabel = "rate: KL (nats per image)\n" + textwrap.fill(re.sub(":[^;]*", "", heading), 52)
-            ax.set(xlim=(left, right), ylim=(bottom, top), xlabel=xlabel, ylabel="distortion: recon (nats per image)")
-            ax.legend(handletextpad=0.1, borderpad=0.2)  # where it covers fewest points
+    with common.new_figure(out, name, "\n".join(wrap(protocol, 55)), 0.65 * common.WIDTH) as (ax,):
+        ax.set_prop_cycle(color=common.DIGIT_COLORS[:7], marker=list("os^Dv<>"))
+        for label in dict.fromkeys(label for label, _ in points):
+            xy = [(test["KL"], test["recon"]) for other, test in points if other == label]
+            text = greek("\n".join(wrap(label, 20)).replace("$", r"\$"))
+            ax.plot(*zip(*xy), linestyle="", markersize=3.5, label=text)
+        ax.margins(0.2)  # room for the values of the lines
+        (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+        style = {"rotation": -45, "rotation_mode": "anchor", "transform_rotates_text": True, "ha": "right"}
+        for total in MaxNLocator(8).tick_values(left + bottom, right + top):
+            x = min(right, total - bottom)  # where the line leaves the panel
+            if x - max(left, total - top) > 0.3 * min(right - left, top - bottom):  # longer than its value
+                ax.axline((x, total - x), slope=-1, color="0.8", linewidth=0.5, zorder=0)
+                ax.text(x, total - x, f"${0 - total:g}$ ", va="bottom", fontsize=5, color="0.4", **style)
+        ax.plot([], [], "-", color="0.8", linewidth=0.5, label="equal ELBO")
+        ax.set(xlim=(left, right), ylim=(bottom, top))
+        ax.set(xlabel="rate: KL (nats per image)", ylabel="distortion: recon (nats per image)")
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0.1)
 
 
 def main(argv=None):
-    parser = common.Parser(prog="tools.compare_runs", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="tools.compare_runs", usage=argparse.SUPPRESS)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--out", metavar="DIR", default=".", help="folder to write to (default: this one)")
+    parser.add_argument("--columns", nargs="+", metavar="NAME", help="test metrics to show, in this order")
+    parser.add_argument("--out", metavar="DIR", help="where to write comparison.tex and rate_distortion")
     args = parser.parse_args(argv)
-    if not Path(args.out).is_dir():
-        parser.error(f"argument --out: {args.out} is no folder")
-    tables = defaultdict(list)
-    for run in read_runs(parser, args.runs):
-        tables[run["heading"]].append(run)
-    tables = {heading: list(group_runs(members)) for heading, members in tables.items()}
+    tables = {protocol: make_rows(runs) for protocol, runs in read_runs(args.runs).items()}
+    if not tables:
+        parser.error("no finished run to compare")
+    tests = [test for rows in tables.values() for *_, tests in rows for test in tests]
+    if unknown := set(args.columns or []).difference(HEADINGS, *tests):
+        parser.error(f"argument --columns: no run has {' or '.join(unknown)}")
     tex = []
-    for heading, groups in tables.items():
-        columns, rows = table(groups)
-        print(f"{heading}. Recon, KL, ELBO and bound in nats per image.\n\n{markdown(columns, rows)}\n")
-        name = "tab:" + heading.split(" pixels")[0].replace(", ", "-").lower()
-        before = sum(f"{{{name}" in other for other in tex)
-        name += f"-{before + 1}" * (before > 0)
-        tex.append(latex(heading, name, groups, columns, rows))
-    with common.replacing(Path(args.out) / "comparison.tex") as temporary:
-        temporary.write_text("\n".join(tex))
-    plot_rate_distortion(tables, args.out)
+    for protocol, rows in tables.items():
+        heading, table = f"{protocol}; nats per image.", make_table(rows, args.columns)
+        lines = [[" ".join(texts).replace("|", r"\|") for texts in line] for line in table]
+        lines.insert(1, ["---", *("---:" for _ in lines[0][1:])])
+        print(heading, "", *(f"| {' | '.join(line)} |" for line in lines), "", sep="\n")
+        tex.append(latex(heading, len(tex) + 1, table))
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        Path(args.out, "comparison.tex").write_text("\n".join(tex), encoding="utf-8")
+        for number, (protocol, rows) in enumerate(tables.items(), start=1):
+            name = f"rate_distortion-{number}" if number > 1 else "rate_distortion"
+            plot_rate_distortion(protocol, rows, args.out, name)
 
 
 if __name__ == "__main__":
