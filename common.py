@@ -437,11 +437,11 @@ def plot_loss_curves(history, labels, data, out):
     height = max(0.6 * WIDTH, 0.4 + len(labels))
     with new_figure(out, "loss_curves", f"{data.name}: losses", height, len(labels)) as axes:
         for ax, (name, label) in zip(axes, labels.items()):
-            late = []  # all but the first tenth, which may leave the panel: next to its fall the rest is flat
+            late = []  # what sets the range: not the first tenth, nor a spike that one test image causes
             for split in ("train", "test"):
                 values = [row[f"{split}_{name}"] for row in history]
                 ax.plot([row["epoch"] for row in history], values, marker=".", markersize=3, label=split)
-                late += values[len(history) // 10 :]
+                late += values[len(history) // 10 :] if split == "train" else values[-1:]
             margin = 0.05 * (max(late) - min(late)) or 1
             ax.set(xlabel="epoch", ylabel=label, ylim=(min(late) - margin, max(late) + margin))
             ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # also for a single epoch
