@@ -149,7 +149,7 @@ def main(argv=None):
     test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
     common.save_metrics(out, test)
 
-    labels = {"loss": f"objective (nats),\n$\\beta$ = {args.beta:g}", "elbo": "ELBO (nats)"}
+    labels = {"loss": f"objective,\n$\\beta$ = {args.beta:g} (nats)", "elbo": "ELBO (nats)"}
     labels |= {"recon": "reconstruction (nats)", "kl": "KL (nats)"}
     common.plot_loss_curves(history, labels, data, out)
     common.plot_reconstructions(decoder, mu, data, out)

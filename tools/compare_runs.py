@@ -1,8 +1,7 @@
 """python -m tools.compare_runs runs/* --out comparison
 
-Prints a table of finished runs for each protocol: data set, pixels, likelihood and number of images.
-With --out, also writes the tables for LaTeX and plots the rate-distortion plane. comparison.tex needs the
-packages booktabs and graphicx and fits a column of 3.25 inches.
+Prints a table of finished runs for each data set, kind of pixels, likelihood and number of images. With
+--out, also writes it for LaTeX (with booktabs and graphicx, in a column of 3.25 inches) and as a figure.
 """
 
 import argparse
@@ -17,8 +16,6 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-from matplotlib.ticker import MaxNLocator
-
 import common
 
 MODELS = {"ae.py": "AE", "vae.py": "VAE", "beta_vae.py": "beta-VAE"}
@@ -30,14 +27,14 @@ DIGITS = dict.fromkeys(HEADINGS.values(), ".2f") | {"active units": ".1f", "prob
 FACTORS = {"probe %": 100, "1000 MSE": 1000}
 # Columns only if --columns names them; PCA and raw pixels have rows instead.
 HIDDEN = {"loss", "iw_samples", "pca_components", "pca_mse", "pca_probe_accuracy", "pixel_probe_accuracy"}
-IN_LATEX = {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$"}
-IN_LATEX |= {character: "\\" + character for character in "{}$&#%_"}
+IN_LATEX = str.maketrans({character: "\\" + character for character in "{}$&#%_"})
+IN_LATEX |= str.maketrans({"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$"})
 wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
 greek = partial(re.sub, r"\bbeta(?=-VAE| = )", r"$\\beta$")  # for LaTeX and matplotlib
 
 
 def read_runs(folders):
-    """Return {protocol: [(order, settings, test), ...]}, and say on stderr which folders are left out and why."""
+    """Return {protocol: [(order, settings, test)]}; a line on stderr says why a folder is left out."""
     runs, seen = defaultdict(list), {}
     for folder in folders:
         try:
@@ -108,27 +105,16 @@ def make_table(rows, names):
     columns = list(dict.fromkeys(columns))
     table = [[["model"], ["seeds"], *(wrap(heading, 9) for heading in columns)]]
     for label, seeds, tests in rows:
-        cells = [make_cell(heading, tests) for heading in columns]
-        if any(cells):
-            table.append([wrap(label, 24), [seeds], *cells])
-    return table
-
-
-def make_cell(heading, tests):
-    """Return the mean, the standard deviation over seeds, and the number of runs if some lack the metric."""
-    values = [FACTORS.get(heading, 1) * test[heading] for test in tests if heading in test]
-    if not values:
-        return []
-    mean = statistics.mean(values)
-    digits = DIGITS.get(heading.split(", K = ")[0], ".1f" if abs(mean) >= 100 else ".4g")
-    deviation = [f"± {statistics.stdev(values):{digits}}"] if len(values) > 1 else []
-    number = [f"(n = {len(values)})"] if len(values) < len(tests) else []
-    return [f"{mean:{digits}}", *deviation, *number]
-
-
-def escape(text):
-    """Return LaTeX that typesets the text literally, but with minus signs and the letter beta."""
-    return re.sub(r"^-(?=\d)", "$-$", greek(text.translate(str.maketrans(IN_LATEX))))
+        table.append([wrap(label, 24), [seeds]])
+        for heading in columns:
+            values = [FACTORS.get(heading, 1) * test[heading] for test in tests if heading in test]
+            mean = statistics.mean(values or [0])
+            digits = DIGITS.get(heading.split(", K = ")[0], ".1f" if abs(mean) >= 100 else ".4g")
+            texts = [f"{mean:{digits}}"] if values else []
+            texts += [f"± {statistics.stdev(values):{digits}}"] if len(values) > 1 else []
+            texts += [f"(n = {len(values)})"] if 0 < len(values) < len(tests) else []
+            table[-1].append(texts)
+    return table[:1] + [line for line in table[1:] if any(line[2:])]
 
 
 def latex(heading, number, table):
@@ -137,42 +123,58 @@ def latex(heading, number, table):
     for line in table:
         for i, texts in enumerate(zip_longest(*line, fillvalue="")):
             size = r"\scriptsize " if i > 0 else ""
-            lines.append(" & ".join(text and size + escape(text) for text in texts) + r" \\")
+            text = greek(" & ".join(text and size + text.translate(IN_LATEX) for text in texts))
+            lines.append(re.sub(r"(?<=& )-(?=\d)", "$-$", text) + r" \\")
     lines.insert(max(map(len, table[0])), r"\midrule")  # below the headings
-    body = "\n".join(lines)
+    body, caption = "\n".join(lines), heading.translate(IN_LATEX)
     return rf"""\begin{{table}}\centering
-\caption{{{escape(heading)} Mean and standard deviation over seeds.}}\label{{tab:comparison-{number}}}
-\smallskip\footnotesize\setlength{{\tabcolsep}}{{2pt}}
-\resizebox{{\ifdim\width>\columnwidth\columnwidth\else\width\fi}}{{!}}{{%
+\caption{{{caption} Mean and standard deviation over seeds.}}\label{{tab:comparison-{number}}}\smallskip
+\footnotesize\tabcolsep=2pt\resizebox{{\ifdim\width>\columnwidth\columnwidth\else\width\fi}}{{!}}{{%
 \begin{{tabular}}{{@{{}}l{"r" * (len(table[0]) - 1)}@{{}}}}\toprule
 {body}
 \bottomrule\end{{tabular}}}}\end{{table}}
 """
 
 
-def plot_rate_distortion(protocol, rows, out, name):
-    """Plot recon against KL of at least two runs, and lines of equal ELBO, which is -(recon + KL)."""
-    points = [(label, test) for label, _, tests in rows for test in tests if {"KL", "recon"} <= {*test}]
-    if len(points) < 2:
+def plot_rate_distortion(tables, out):
+    """Plot recon against KL, with lines of equal ELBO: a panel per protocol with at least two such runs."""
+    panels = {}
+    for protocol, rows in tables.items():
+        points = [(label, test) for label, _, tests in rows for test in tests if {"KL", "recon"} <= {*test}]
+        if len(points) > 1:
+            panels["\n".join(protocol.split("; ")[:2]).replace("$", r"\$")] = points
+    if not panels:
         return
-    with common.new_figure(out, name, "\n".join(wrap(protocol, 55)), 0.65 * common.WIDTH) as (ax,):
-        ax.set_prop_cycle(color=common.DIGIT_COLORS[:7], marker=list("os^Dv<>"))
-        for label in dict.fromkeys(label for label, _ in points):
-            xy = [(test["KL"], test["recon"]) for other, test in points if other == label]
-            text = greek("\n".join(wrap(label, 20)).replace("$", r"\$"))
-            ax.plot(*zip(*xy), linestyle="", markersize=3.5, label=text)
-        ax.margins(0.2)  # room for the values of the lines
-        (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-        style = {"rotation": -45, "rotation_mode": "anchor", "transform_rotates_text": True, "ha": "right"}
-        for total in MaxNLocator(8).tick_values(left + bottom, right + top):
-            x = min(right, total - bottom)  # where the line leaves the panel
-            if x - max(left, total - top) > 0.3 * min(right - left, top - bottom):  # longer than its value
-                ax.axline((x, total - x), slope=-1, color="0.8", linewidth=0.5, zorder=0)
-                ax.text(x, total - x, f"${0 - total:g}$ ", va="bottom", fontsize=5, color="0.4", **style)
-        ax.plot([], [], "-", color="0.8", linewidth=0.5, label="equal ELBO")
-        ax.set(xlim=(left, right), ylim=(bottom, top))
-        ax.set(xlabel="rate: KL (nats per image)", ylabel="distortion: recon (nats per image)")
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0.1)
+    height = 0.65 * common.WIDTH * len(panels)
+    with common.new_figure(out, "rate_distortion", "Rate and distortion", height, len(panels)) as axes:
+        for ax, (protocol, points) in zip(axes, panels.items()):
+            ax.set_prop_cycle(color=common.DIGIT_COLORS * 7, marker=list("os^Dv<>") * 10)
+            for label in dict.fromkeys(label for label, _ in points):
+                xy = [(test["KL"], test["recon"]) for other, test in points if other == label]
+                text = greek("\n".join(wrap(label, 20)).replace("$", r"\$"))
+                ax.plot(*zip(*xy), linestyle="", markersize=3.5, label=text)
+            draw_elbo_lines(ax)
+            ax.set(xlabel="rate: KL (nats per image)", ylabel="distortion: recon (nats per image)")
+            ax.text(
+                0.98, 0.98, protocol if len(panels) > 1 else "", transform=ax.transAxes, ha="right", va="top"
+            )
+            ax.legend(
+                loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handlelength=1, handletextpad=0.5
+            )
+
+
+def draw_elbo_lines(ax):
+    """Draw lines of equal ELBO, which is -(recon + KL), and write it on them."""
+    ax.margins(0.2)  # room for the values
+    left, right, bottom, top = ax.axis()
+    style = {"rotation": -45, "rotation_mode": "anchor", "transform_rotates_text": True, "ha": "right"}
+    for total in ax.yaxis.get_major_locator().tick_values(left + bottom, right + top):
+        x = min(right, total - bottom)  # where the line leaves the panel
+        if x - max(left, total - top) > 0.3 * min(right - left, top - bottom):  # longer than its value
+            ax.axline((x, total - x), slope=-1, color="0.8", linewidth=0.5, zorder=0)
+            ax.text(x, total - x, f"${0 - total:g}$ ", va="bottom", fontsize=5, color="0.4", **style)
+    ax.plot([], [], "-", color="0.8", linewidth=0.5, label="equal ELBO")
+    ax.axis((left, right, bottom, top))
 
 
 def main(argv=None):
@@ -197,9 +199,7 @@ def main(argv=None):
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         Path(args.out, "comparison.tex").write_text("\n".join(tex), encoding="utf-8")
-        for number, (protocol, rows) in enumerate(tables.items(), start=1):
-            name = f"rate_distortion-{number}" if number > 1 else "rate_distortion"
-            plot_rate_distortion(protocol, rows, args.out, name)
+        plot_rate_distortion(tables, args.out)
 
 
 if __name__ == "__main__":
