@@ -746,5 +746,5 @@ def resumed_args(parser, argv, args):
     for name in stored.keys() - {"out", "resume", "device", "data", "iw_samples"}:
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if json.dumps(value, default=str) != json.dumps(stored[name]):
-            raise ValueError(f"{flag} is {stored[name]} there; start a new run with {flag} {value}")
+            raise ValueError(f"{flag} is {stored[name]} in that run; start a new run with {flag} {value}")
     return args

@@ -765,7 +765,7 @@ def test_a_resumed_run_has_its_own_flags_and_refuses_almost_all_others_by_name(f
     for name, value in OTHERS.items():
         flag = f"--{name.replace('_', '-')}"
         error = ends(beta_vae.main, [*resume, flag, *value.split()], capsys)
-        assert f"{flag} is {stored[name]} there; start a new run with {flag}" in error
+        assert f"{flag} is {stored[name]} in that run; start a new run with {flag}" in error
     assert "is one of beta_vae.py, not of vae.py" in ends(vae.main, resume, capsys)
     assert files(tmp_path) == before
 
@@ -898,6 +898,18 @@ def test_the_readmes_own_model_is_recorded_as_itself_and_resumes(small, figures,
     metrics = json.loads((iwae.main(["--resume=runs/iwae"]) / "metrics.json").read_text())
     assert metrics["args"]["script"] == "iwae.py" and metrics["train"]["epochs"] == 2
     assert math.isfinite(metrics["test"]["loss"]) and len(figures) == 2 * len(OF_LATENTS)
+
+
+def test_a_copy_may_name_its_likelihood_and_add_flags_of_plain_values(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    end = "    return common.parse_args(parser, argv)\n"
+    own = '    parser.add_argument("--masks", type=Path, default=(1, 2))\n'
+    own += '    parser.set_defaults(recon="Gaussian, one learned variance")\n'
+    copy = copy_of_vae("own.py", {end: own + end})
+    args = copy.parse_args(["--iw-samples=2"])  # which gray pixels with bce are refused
+    assert (args.recon, args.masks) == ("Gaussian, one learned variance", [1, 2])
+    assert "argument --masks" in ends(copy.main, ["--masks=folder"], capsys)
 
 
 def make_run(folder, test, images=60000, done=2, **args):
