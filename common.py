@@ -364,10 +364,9 @@ def representation_metrics(decoder, data, train_mu, mu):
 
 # ---- Figures -----------------------------------------------------------------------------------
 WIDTH = 3.25  # inches: fits the columns of ICML, ACM and IEEE unscaled
-STYLE = {"font.size": 7, "axes.titlesize": 7, "legend.fontsize": 6, "xtick.labelsize": 6}
+STYLE = {"font.size": 7, "axes.titlesize": 7, "legend.fontsize": 6, "xtick.labelsize": 6, "pdf.fonttype": 42}
 STYLE |= {"ytick.labelsize": 6, "axes.linewidth": 0.5, "lines.linewidth": 1, "savefig.dpi": 300}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "image.cmap": "gray_r"}  # ink on paper
-STYLE |= {"pdf.fonttype": 42}  # TrueType, which publishers ask for
 STYLE["axes.prop_cycle"] = matplotlib.cycler(color=["#0072B2", "#D55E00"])  # Okabe & Ito: colorblind-safe
 # Paul Tol's "muted" set, one color per digit, its pale gray darkened.
 DIGIT_COLORS = "#CC6677 #332288 #DDCC77 #117733 #88CCEE #882255 #44AA99 #999933 #AA4499 #777777".split()
@@ -437,11 +436,11 @@ def plot_loss_curves(history, labels, data, out):
     height = max(0.6 * WIDTH, 0.4 + len(labels))
     with new_figure(out, "loss_curves", f"{data.name}: losses", height, len(labels)) as axes:
         for ax, (name, label) in zip(axes, labels.items()):
-            late = []  # what sets the range: not the first tenth, nor a spike that one test image causes
+            late, tenth = [], len(history) // 10  # sets the range, without the first fall or a test's spike
             for split in ("train", "test"):
                 values = [row[f"{split}_{name}"] for row in history]
                 ax.plot([row["epoch"] for row in history], values, marker=".", markersize=3, label=split)
-                late += values[len(history) // 10 :] if split == "train" else values[-1:]
+                late += values[tenth:] if split == "train" else sorted(values)[tenth : len(values) - tenth]
             margin = 0.05 * (max(late) - min(late)) or 1
             ax.set(xlabel="epoch", ylabel=label, ylim=(min(late) - margin, max(late) + margin))
             ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # also for a single epoch
