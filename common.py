@@ -743,7 +743,7 @@ def resumed_args(parser, argv, args):
     if args.precision == "auto":
         args.precision = stored["precision"]
     for name in stored.keys() - {"out", "resume", "device", "data", "iw_samples"}:
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if json.dumps(value, default=str) != json.dumps(stored[name]):
-            raise ValueError(f"{flag} is {stored[name]} in that run; start a new run with {flag} {value}")
+        if json.dumps(getattr(args, name), default=str) != json.dumps(stored[name]):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {stored[name]} in that run; for another value, start a new run")
     return args

@@ -765,7 +765,7 @@ def test_a_resumed_run_has_its_own_flags_and_refuses_almost_all_others_by_name(f
     for name, value in OTHERS.items():
         flag = f"--{name.replace('_', '-')}"
         error = ends(beta_vae.main, [*resume, flag, *value.split()], capsys)
-        assert f"{flag} is {stored[name]} in that run; start a new run with {flag}" in error
+        assert f"{flag} is {stored[name]} in that run; for another value, start a new run" in error
     assert "is one of beta_vae.py, not of vae.py" in ends(vae.main, resume, capsys)
     assert files(tmp_path) == before
 
@@ -878,47 +878,40 @@ def test_a_failed_download_gives_a_reason_and_leaves_no_folder(name, asked, caps
     assert not any(tmp_path.iterdir())
 
 
-def copy_of_vae(name, changes):  # imported from the working directory, with some texts replaced
-    text = (ROOT / "vae.py").read_text(encoding="utf-8")
-    for old, new in changes.items():
-        assert old in text, f"vae.py has no {old!r}"
-        text = text.replace(old, new)
-    Path(name).write_text(text, encoding="utf-8")
-    return importlib.import_module(Path(name).stem)
-
-
-def test_the_readmes_own_model_is_recorded_as_itself_and_resumes(small, figures, tmp_path, monkeypatch):
+def test_the_readmes_own_model_is_recorded_as_itself_and_resumes(
+    small, figures, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    loss = re.search(r"```python\n([^`]*iwae_loss[^`]*)```", (ROOT / "README.md").read_text("utf-8"))[1]
-    iwae = copy_of_vae("iwae.py", {inspect.getsource(vae.vae_loss): loss, "vae_loss": "iwae_loss"})
+    readme, text = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "vae.py"))
+    loss, end = re.search(r"```python\n([^`]*iwae_loss[^`]*)```", readme)[1], "    return common.parse_args("
+    own = '    parser.add_argument("--masks", type=Path, default=(1, 2))\n'
+    own += '    parser.set_defaults(recon="Gaussian, one learned variance")\n'
+    changes = {inspect.getsource(vae.vae_loss): loss, "vae_loss": "iwae_loss", end: own + end}
+    for old, new in {**changes, ", kind=args.recon": ""}.items():
+        assert old in text, f"vae.py has no {old!r}"
+        text = text.replace(old, new)
+    Path("iwae.py").write_text(text, encoding="utf-8")
+    iwae = importlib.import_module("iwae")
     with monkeypatch.context() as patch:
         patch.setattr(common, "epochs_left", lambda *_: [1])
         pytest.raises(SystemExit, iwae.main, [*SMALL, "--epochs=2"])
     metrics = json.loads((iwae.main(["--resume=runs/iwae"]) / "metrics.json").read_text())
-    assert metrics["args"]["script"] == "iwae.py" and metrics["train"]["epochs"] == 2
-    assert math.isfinite(metrics["test"]["loss"]) and len(figures) == 2 * len(OF_LATENTS)
+    found = [metrics["args"][name] for name in ("script", "recon", "masks")]
+    assert found == ["iwae.py", "Gaussian, one learned variance", [1, 2]] and metrics["train"]["epochs"] == 2
+    assert math.isfinite(metrics["test"]["bound"]) and len(figures) == 2 * len(OF_LATENTS)
+    iwae.parse_args(["--iw-samples=2"])  # which gray pixels with bce are refused
+    assert "argument --masks" in ends(iwae.main, ["--masks=folder"], capsys)
 
 
-def test_a_copy_may_name_its_likelihood_and_add_flags_of_plain_values(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    end = "    return common.parse_args(parser, argv)\n"
-    own = '    parser.add_argument("--masks", type=Path, default=(1, 2))\n'
-    own += '    parser.set_defaults(recon="Gaussian, one learned variance")\n'
-    copy = copy_of_vae("own.py", {end: own + end})
-    args = copy.parse_args(["--iw-samples=2"])  # which gray pixels with bce are refused
-    assert (args.recon, args.masks) == ("Gaussian, one learned variance", [1, 2])
-    assert "argument --masks" in ends(copy.main, ["--masks=folder"], capsys)
-
-
-def make_run(folder, test, images=60000, done=2, **args):
-    """Write the metrics.json of a run with these test numbers; returns its folder."""
+def make_run(folder, test, images=60000, done=2, own="recon", **args):
+    """Write the files of a run with these test numbers and a term of its `own`; returns its folder."""
     flags = {"script": "vae.py", "seed": 0, "dataset": "MNIST", "recon": "bce", "epochs": 2, **args}
     environment = {"train_images": images, "test_images": 10000, "precision": "bf16"}
     metrics = {"args": flags, "test": test, "train": {"epochs": done}, "environment": environment}
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "history.csv").write_text(f"epoch,train_mse,test_{own},seconds\n1,2,3,4\n")
     return str(folder)
 
 
@@ -927,15 +920,6 @@ def compare(capsys, *argv):
     compare_runs.main([str(arg) for arg in argv])
     tables = re.findall(r"^(\w.*)\n\n((?:\|.*\n)+)", capsys.readouterr().out, re.M)
     return [(heading, [line[2:-2].split(" | ") for line in table.splitlines()]) for heading, table in tables]
-
-
-def test_seeds_become_a_row_of_mean_and_sample_standard_deviation(tmp_path, capsys, monkeypatch):
-    first = make_run(tmp_path / "a", {"kl": 10.0}, out="a", device="cpu", data="x", iw_samples=5)
-    second = make_run(tmp_path / "b", {"kl": 13.0}, seed=1, out="b", device="cuda", resume="b")
-    monkeypatch.chdir(tmp_path)
-    [(_, table)] = compare(capsys, first, second)
-    assert table[0] == ["model", "seeds", "KL"] and table[2:] == [["VAE", "2", "11.50 ± 2.12"]]
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}  # nothing is written without --out
 
 
 def test_rows_are_sorted_by_model_and_beta_and_name_what_sets_them_apart(tmp_path, capsys):
@@ -951,52 +935,34 @@ def test_rows_are_sorted_by_model_and_beta_and_name_what_sets_them_apart(tmp_pat
     assert table[2][0] == "AE, epochs 2" and table[-1][0] == "my_vae, epochs 3"
 
 
-def test_each_metric_has_its_column_factor_and_digits(tmp_path, capsys):
+def test_seeds_become_a_row_in_which_each_metric_has_its_factor_and_digits(tmp_path, capsys, monkeypatch):
     test = {"mse": 0.0123, "probe_accuracy": 0.876, "active_units": 17, "elbo": -90, "kl": 20, "recon": 70}
     test |= {"iw_bound": -85, "iw_samples": 64, "tc": -177.0, "mmd": 0.00861, "loss": 5.0, "x": [1.0]}
     other = {"kl": 22.0, "iw_bound": -80.0, "iw_samples": 128, "mmd": math.nan, "word": "x", "flag": True}
-    runs = make_run(tmp_path / "a", test), make_run(tmp_path / "b", other, seed=1)
+    runs = [make_run(tmp_path / "a", test, out="a", device="cpu", data="x", iw_samples=64)]
+    runs.append(make_run(tmp_path / "b", other, seed=1, resume="b", device="cuda", iw_samples=128))
+    monkeypatch.chdir(tmp_path)
     [(_, table)] = compare(capsys, *runs)
-    headings = "model seeds recon KL ELBO IW64 IW128 active_units probe_% 1000_MSE mmd tc".split()
-    numbers = "VAE 2 70.00 21.00±1.41 -90.00 -85.00 -80.00 17.0 87.6 12.30 0.00861 -177.0".split()
+    headings = "model seeds recon KL ELBO IW128 IW64 active_units probe_% 1000_MSE mmd tc".split()
+    numbers = "VAE 2 70.00 21.00±1.41 -90.00 -80.00 -85.00 17.0 87.6 12.30 0.00861 -177.0".split()
     assert [heading.replace("IW bound, K = ", "IW").replace(" ", "_") for heading in table[0]] == headings
     assert [cell.replace(" (n = 1)", "").replace(" ", "") for cell in table[2]] == numbers
-    assert table[2][2] == "70.00 (n = 1)"
+    assert table[2][2] == "70.00 (n = 1)" and len(table) == 3
     [(_, table)] = compare(capsys, *runs, "--columns", "mse", "iw_bound", "kl")
-    assert table[0][2:] == ["1000 MSE", "IW bound, K = 64", "IW bound, K = 128", "KL"]
+    assert table[0][2:] == ["1000 MSE", "IW bound, K = 128", "IW bound, K = 64", "KL"]
     assert "nonsense" in ends(compare_runs.main, [*runs, "--columns", "nonsense"], capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}  # nothing is written without --out
 
 
-def test_a_custom_term_has_a_column_under_its_own_name_and_unscaled(tmp_path, capsys):
-    runs = [make_run(tmp_path / "custom", {"kl": 5, "mse": 12.34567, "pca_mse": 0.02}, script="my_vae.py")]
-    runs.append(make_run(tmp_path / "vae", {"kl": 5, "mse": 0.01}))
-    (tmp_path / "custom" / "history.csv").write_bytes(b"epoch,train_mse,test_kl,test_mse\r\n1,2,3,4\r\n")
-    (tmp_path / "vae" / "history.csv").write_bytes(b"epoch,train_mse,test_kl,seconds\r\n1,2,3,4\r\n")
-    [(_, [headings, _, *rows])] = compare(capsys, *runs)
-    assert sorted(headings[2:]) == ["1000 MSE", "KL", "mse"]
-    numbers = {row[0]: dict(zip(headings[2:], row[2:])) for row in rows}
-    assert numbers["my_vae"] == {"KL": "5.00", "mse": "12.35", "1000 MSE": ""}
-    assert numbers["VAE"] == {"KL": "5.00", "mse": "", "1000 MSE": "10.00"}
-
-
-def test_pca_and_raw_pixels_have_a_row_per_number_of_components(tmp_path, capsys):
-    test = {"mse": 0.01, "probe_accuracy": 0.9, "pca_probe_accuracy": 0.8, "pixel_probe_accuracy": 0.86}
-    runs = []
-    for n, mse in ((20, 0.02), (5, 0.04)):
-        runs.append(make_run(tmp_path / f"{n}", test | {"pca_components": n, "pca_mse": mse}, latent_dim=n))
-    [(_, table)] = compare(capsys, *runs)
-    assert table[4] == ["PCA, 5 components", "", "80.0", "40.00"]
-    assert table[5] == ["PCA, 20 components", "", "80.0", "20.00"]
-    assert table[6] == ["raw pixels", "", "86.0", ""]
-
-
-def test_each_protocol_has_a_table_of_its_own(tmp_path, capsys):
-    changes = [{}, {"binarize": True}, {"recon": "mse"}, {"recon": "Gaussian, one learned variance"}]
-    changes += [{"dataset": "KMNIST"}, {"images": 50000}, {"seed": 1}]
-    runs = [make_run(tmp_path / f"{i}", {"kl": 1}, **change) for i, change in enumerate(changes)]
-    headings = [heading for heading, _ in compare(capsys, *runs)]
-    words = ["gray pixels; Bernoulli", "binarized", "unit variance", "learned variance", "KMNIST", "50000"]
-    assert len(headings) == 6 and all(word in heading for word, heading in zip(words, headings))
+def test_a_custom_term_keeps_its_name_and_pca_and_raw_pixels_get_rows(tmp_path, capsys):
+    test = {"mse": 0.01, "pca_mse": 0.04, "pca_components": 5, "pca_probe_accuracy": 0.8}
+    more = {"mse": 12.34567, "pca_mse": 0.02, "pca_components": 20, "pixel_probe_accuracy": 0.86}
+    runs = [make_run(tmp_path / "own", {**test, **more}, script="my_vae.py", own="mse")]
+    [(_, [headings, _, *rows])] = compare(capsys, *runs, make_run(tmp_path / "vae", test))
+    assert headings == ["model", "seeds", "probe %", "1000 MSE", "mse"]
+    assert rows[:2] == [["VAE", "1", "", "10.00", ""], ["my_vae", "1", "", "", "12.35"]]
+    assert [row[0] for row in rows[2:]] == ["PCA, 5 components", "PCA, 20 components", "raw pixels"]
+    assert [row[2:] for row in rows[2:]] == [["80.0", "40.00", ""], ["80.0", "20.00", ""], ["86.0", "", ""]]
 
 
 def test_what_is_no_finished_run_is_left_out_with_the_reason(tmp_path, capsys):
@@ -1009,8 +975,7 @@ def test_what_is_no_finished_run_is_left_out_with_the_reason(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "| VAE | 1 | 1.00 |" in out
     assert err.splitlines() == [f"left out: {run}, {reason}" for run, reason in reasons.items()]
-    with pytest.raises(SystemExit, match="2"):
-        compare_runs.main([stopped])
+    pytest.raises(SystemExit, compare_runs.main, [stopped])
     assert "no finished run" in capsys.readouterr().err
 
 
@@ -1033,34 +998,31 @@ def test_latex_shows_names_and_settings_literally_and_fits_a_column(tmp_path, ca
     assert "Overfull" not in (out / "page.log").read_text()
 
 
-def test_the_figure_has_recon_over_kl_and_lines_labeled_with_their_elbo(tmp_path, capsys, figures):
-    numbers = {"vae": (20, -800), "beta_vae": (10, -700)}
-    for name, (kl, recon) in numbers.items():
-        make_run(tmp_path / name, {"kl": kl, "recon": recon}, script=f"{name}.py")
-    make_run(tmp_path / "single", {"kl": 1, "recon": 2}, binarize=True)
-    compare(capsys, *(tmp_path / name for name in (*numbers, "single")), "--out", tmp_path)
-    assert figures.keys() == {"rate_distortion.pdf", "rate_distortion.png"}
-    [ax] = figures["rate_distortion.png"].axes
-    vae_points, beta_points, *lines, _ = ax.lines
-    assert vae_points.get_xydata().tolist() == [[20, -800]]
-    assert beta_points.get_xydata().tolist() == [[10, -700]]
-    assert "KL" in ax.get_xlabel() and "recon" in ax.get_ylabel()
-    assert [text.get_text() for text in ax.get_legend().texts] == ["VAE", r"$\beta$-VAE", "equal ELBO"]
-    *values, label = ax.texts
-    assert len(lines) == len(values) > 2 and label.get_text() == ""  # a single panel needs none
-    for line, text in zip(lines, values):
-        assert line.get_slope() == -1
-        assert float(text.get_text().strip("$ ")) == pytest.approx(-sum(line.get_xy1()))
-
-
-def test_each_protocol_has_a_panel_and_a_latex_table_that_name_it(tmp_path, capsys, figures):
-    changes = [{"binarize": i > 1, "seed": i} for i in range(4)]
-    runs = [make_run(tmp_path / f"{i}", {"kl": i, "recon": 2}, **change) for i, change in enumerate(changes)]
-    compare(capsys, *runs, "--out", tmp_path)
+def test_each_protocol_has_a_table_and_with_two_runs_a_panel(tmp_path, capsys, figures):
+    changes = [{}, {"binarize": True}, {"recon": "mse"}, {"recon": "Gaussian, one learned variance"}]
+    changes += [{"dataset": "KMNIST"}, {"images": 50000}, {"seed": 1}, {"recon": "mse", "seed": 1}]
+    runs = [make_run(tmp_path / f"{i}", {"kl": i, "recon": 1}, **change) for i, change in enumerate(changes)]
+    headings = [heading for heading, _ in compare(capsys, *runs, "--out", tmp_path)]
+    words = ["gray pixels; Bernoulli", "binarized", "unit variance", "learned variance", "KMNIST", "50000"]
+    assert len(headings) == 6 and all(word in heading for word, heading in zip(words, headings))
+    assert re.findall("caption{(.*?) Mean", (tmp_path / "comparison.tex").read_text()) == headings
     panels = [ax.texts[-1].get_text() for ax in figures["rate_distortion.pdf"].axes]
-    captions = re.findall(r"caption{MNIST, (.*?);", (tmp_path / "comparison.tex").read_text())
-    assert captions == ["gray pixels", "binarized pixels"]
-    assert panels == [f"MNIST, {caption}\nBernoulli cross-entropy" for caption in captions]
+    names = ["Bernoulli cross-entropy", "Gaussian of unit variance"]
+    assert panels == [f"MNIST, gray pixels;\n{name}" for name in names]
+
+
+def test_the_figure_has_recon_over_kl_and_lines_labeled_with_their_elbo(tmp_path, capsys, figures):
+    for name, kl, recon in (("vae", 20, -800), ("beta_vae", 10, -700)):
+        make_run(tmp_path / name, {"kl": kl, "recon": recon}, script=f"{name}.py")
+    compare(capsys, tmp_path / "vae", tmp_path / "beta_vae", "--out", tmp_path)
+    assert figures.keys() == {"rate_distortion.pdf", "rate_distortion.png"}
+    (ax,) = figures["rate_distortion.png"].axes
+    points, lines = [line.get_xydata().tolist() for line in ax.lines[:2]], ax.lines[2:]
+    assert points == [[[20, -800]], [[10, -700]]] and len(lines) == len(ax.texts) > 2
+    assert "KL" in ax.get_xlabel() and "recon" in ax.get_ylabel()
+    assert [text.get_text() for text in ax.get_legend().texts] == ["VAE", r"$\beta$-VAE"]
+    for line, text in zip(lines, ax.texts):
+        assert line.get_slope() == -1 and text.get_text() == f"ELBO ${-sum(line.get_xy1()):g}$"
 
 
 def test_the_classic_program_of_the_benchmark_ends_with_the_mean_test_elbo(mnist):

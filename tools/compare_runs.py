@@ -1,7 +1,6 @@
 """python -m tools.compare_runs runs/* --out comparison
 
-Prints a table of finished runs for each data set, kind of pixels, likelihood and number of images. With
---out, also writes it for LaTeX (with booktabs and graphicx, in a column of 3.25 inches) and as a figure.
+Prints tables of finished runs; with --out, also writes them for LaTeX (booktabs, graphicx) and as a figure.
 """
 
 import argparse
@@ -29,6 +28,7 @@ FACTORS = {"probe %": 100, "1000 MSE": 1000}
 HIDDEN = {"loss", "iw_samples", "pca_components", "pca_mse", "pca_probe_accuracy", "pixel_probe_accuracy"}
 IN_LATEX = str.maketrans({character: "\\" + character for character in "{}$&#%_"})
 IN_LATEX |= str.maketrans({"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$"})
+ON_LINE = dict(rotation=-45, rotation_mode="anchor", transform_rotates_text=True, va="bottom", color="0.4")
 wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
 greek = partial(re.sub, r"\bbeta(?=-VAE| = )", r"$\\beta$")  # for LaTeX and matplotlib
 
@@ -48,16 +48,15 @@ def read_runs(folders):
             settings = {name: x for name, x in args.items() if name not in NOT_SETTINGS and x is not None}
             identity = json.dumps([protocol, settings, args["seed"]], sort_keys=True)
             run = order, settings, read_test(folder, metrics["test"])
-            reason = f"the same run as {seen[identity]}" if identity in seen else None
-            if epochs < args["epochs"]:
-                reason = f"stopped after {epochs} of {args['epochs']} epochs"
+            done = epochs >= args["epochs"]
+            reason = seen.get(identity) if done else f"stopped after {epochs} of {args['epochs']} epochs"
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = "no metrics.json" if isinstance(error, OSError) else "metrics.json is damaged"
         if reason:
             print(f"left out: {folder}, {reason}", file=sys.stderr)
         else:
             runs[protocol].append(run)
-            seen[identity] = folder
+            seen[identity] = f"the same run as {folder}"
     return runs
 
 
@@ -67,8 +66,7 @@ def read_test(folder, test):
     header = history.read_text(encoding="utf-8").splitlines()[0] if history.exists() else ""
     custom = {name.removeprefix("test_") for name in header.split(",")} - {"recon", "kl", "elbo"}
     headings = {name: name if name in custom else HEADINGS.get(name, name) for name in test}
-    if "iw_samples" in test:  # each number of samples gives another bound
-        headings["iw_bound"] = f"IW bound, K = {test['iw_samples']}"
+    headings["iw_bound"] = f"IW bound, K = {test.get('iw_samples')}"  # another bound for each K
     return {headings[name]: x for name, x in test.items() if type(x) in (int, float) and math.isfinite(x)}
 
 
@@ -83,8 +81,7 @@ def make_rows(runs):
         if "beta" in own:
             label += f", beta = {str(own['beta']).removesuffix('.0')}"
         for name in sorted(own.keys() - {"script", "beta"}):
-            # Scripts may differ in their settings, but one that trains for longer than another should say so.
-            others = [other for _, other, _ in runs if name == "epochs" or other["script"] == own["script"]]
+            others = [other for _, other, _ in runs if name in other or other["script"] == own["script"]]
             if any(other.get(name) != own[name] for other in others):
                 label += f", {name.replace('_', ' ')} {own[name]}"
         rows[key] = label, str(len(tests)), tests
@@ -98,11 +95,9 @@ def make_rows(runs):
 
 def make_table(rows, names):
     """Return lines of cells; a cell is a list of texts, which LaTeX sets below each other."""
-    found = {heading for *_, tests in rows for test in tests for heading in test}
-    names = names or [*HEADINGS, *sorted(found - HIDDEN)]
-    found = sorted(found, key=lambda heading: (len(heading), heading))  # a bound of 64 samples before 128
+    found = sorted({heading for *_, tests in rows for test in tests for heading in test})
+    names = names or [*HEADINGS, *(x for x in found if x not in HIDDEN.union(HEADINGS, HEADINGS.values()))]
     columns = [x for name in names for x in found if x.split(", K = ")[0] in (name, HEADINGS.get(name))]
-    columns = list(dict.fromkeys(columns))
     table = [[["model"], ["seeds"], *(wrap(heading, 9) for heading in columns)]]
     for label, seeds, tests in rows:
         table.append([wrap(label, 24), [seeds]])
@@ -132,8 +127,7 @@ def latex(heading, number, table):
 \footnotesize\tabcolsep=2pt\resizebox{{\ifdim\width>\columnwidth\columnwidth\else\width\fi}}{{!}}{{%
 \begin{{tabular}}{{@{{}}l{"r" * (len(table[0]) - 1)}@{{}}}}\toprule
 {body}
-\bottomrule\end{{tabular}}}}\end{{table}}
-"""
+\bottomrule\end{{tabular}}}}\end{{table}}"""
 
 
 def plot_rate_distortion(tables, out):
@@ -142,39 +136,29 @@ def plot_rate_distortion(tables, out):
     for protocol, rows in tables.items():
         points = [(label, test) for label, _, tests in rows for test in tests if {"KL", "recon"} <= {*test}]
         if len(points) > 1:
-            panels["\n".join(protocol.split("; ")[:2]).replace("$", r"\$")] = points
+            panels[protocol] = points
     if not panels:
         return
-    height = 0.65 * common.WIDTH * len(panels)
-    with common.new_figure(out, "rate_distortion", "Rate and distortion", height, len(panels)) as axes:
+    with common.new_figure(out, "rate_distortion", "Rate-distortion", 2.1 * len(panels), len(panels)) as axes:
         for ax, (protocol, points) in zip(axes, panels.items()):
             ax.set_prop_cycle(color=common.DIGIT_COLORS * 7, marker=list("os^Dv<>") * 10)
             for label in dict.fromkeys(label for label, _ in points):
                 xy = [(test["KL"], test["recon"]) for other, test in points if other == label]
                 text = greek("\n".join(wrap(label, 20)).replace("$", r"\$"))
                 ax.plot(*zip(*xy), linestyle="", markersize=3.5, label=text)
-            draw_elbo_lines(ax)
+            ax.margins(0.2)  # room for the lines
+            left, right, bottom, top = ax.axis(ax.axis())  # and keeps them
+            for value in ax.yaxis.get_major_locator().tick_values(left + bottom, right + top):
+                share = (value - left - bottom) / (right - left + top - bottom)
+                x = left + share * (right - left)  # on the panel's diagonal, upwards
+                if 0.12 < share < 0.75:
+                    ax.axline((x, value - x), slope=-1, color="0.8", linewidth=0.5, zorder=0)
+                    ax.text(x, value - x, f"ELBO ${0 - value:g}$", fontsize=5, zorder=1, **ON_LINE)
+            if len(panels) > 1:
+                name = "\n".join(wrap(re.split(r" \(|; trained", protocol)[0], 25))
+                ax.text(right, top, name, ha="right", va="top", backgroundcolor="white", parse_math=False)
             ax.set(xlabel="rate: KL (nats per image)", ylabel="distortion: recon (nats per image)")
-            ax.text(
-                0.98, 0.98, protocol if len(panels) > 1 else "", transform=ax.transAxes, ha="right", va="top"
-            )
-            ax.legend(
-                loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handlelength=1, handletextpad=0.5
-            )
-
-
-def draw_elbo_lines(ax):
-    """Draw lines of equal ELBO, which is -(recon + KL), and write it on them."""
-    ax.margins(0.2)  # room for the values
-    left, right, bottom, top = ax.axis()
-    style = {"rotation": -45, "rotation_mode": "anchor", "transform_rotates_text": True, "ha": "right"}
-    for total in ax.yaxis.get_major_locator().tick_values(left + bottom, right + top):
-        x = min(right, total - bottom)  # where the line leaves the panel
-        if x - max(left, total - top) > 0.3 * min(right - left, top - bottom):  # longer than its value
-            ax.axline((x, total - x), slope=-1, color="0.8", linewidth=0.5, zorder=0)
-            ax.text(x, total - x, f"${0 - total:g}$ ", va="bottom", fontsize=5, color="0.4", **style)
-    ax.plot([], [], "-", color="0.8", linewidth=0.5, label="equal ELBO")
-    ax.axis((left, right, bottom, top))
+            ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0.1)
 
 
 def main(argv=None):
@@ -198,7 +182,7 @@ def main(argv=None):
         tex.append(latex(heading, len(tex) + 1, table))
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        Path(args.out, "comparison.tex").write_text("\n".join(tex), encoding="utf-8")
+        Path(args.out, "comparison.tex").write_text("\n\n".join(tex), encoding="utf-8")
         plot_rate_distortion(tables, args.out)
 
 
