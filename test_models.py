@@ -1,20 +1,15 @@
 """Tests of ae.py, vae.py, beta_vae.py, common.py and tools: science, training, figures, runs, refusals."""
 
-import argparse
-import csv
 import importlib
 import inspect
-import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -36,11 +31,10 @@ from tools import benchmark, compare_runs
 ROOT = Path(__file__).parent
 # The networks here are small: on a busy machine, threads that wait for each other would only slow them down.
 torch.set_num_threads(1)
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 NARROW = [4, 8, 8, 16]  # channels of a model that trains in milliseconds
 SMALL = "--latent-dim 5 --hidden-dims 4 8 8 16 --batch-size 64 --device cpu".split()
-SCRIPTS = [ae, vae, beta_vae]
-by_name = {"ids": lambda value: getattr(value, "__name__", None)}
+NAMES = {"ids": ["ae", "vae", "beta_vae"]}
+each_script = pytest.mark.parametrize("script", [ae, vae, beta_vae], **NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +55,12 @@ def small(mnist, monkeypatch):
 def figures(monkeypatch):
     """The figures that a run saves, by file name, without the time that rendering takes."""
     saved = {}
-    monkeypatch.setattr(
-        common.Figure, "savefig", lambda figure, path: saved.update({Path(path).name: figure})
-    )
+    monkeypatch.setattr(common.Figure, "savefig", lambda figure, path: saved.update({path.name: figure}))
     return saved
 
 
-def build(model_name="VAE", seed=0):
-    torch.manual_seed(seed)
+def build(model_name="VAE"):
+    torch.manual_seed(0)
     return common.Encoder(NARROW, 5, model_name), common.Decoder(5, NARROW)
 
 
@@ -76,13 +68,13 @@ def weights(*networks):
     return torch.cat([tensor.flatten() for network in networks for tensor in network.state_dict().values()])
 
 
-def ends(main, flags, capsys, code=2):
-    """The one line on stderr with which a command ends."""
+def ends(main, flags, capsys):
+    """The one line on stderr with which a command ends, with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([str(flag) for flag in flags])
     error = capsys.readouterr().err
-    assert stop.value.code == code and error.count("\n") == 1
+    assert stop.value.code == 2 and error.count("\n") == 1
     return error
 
 
@@ -97,8 +89,7 @@ def test_reconstruction_terms_equal_float64_references_even_in_saturation():
     close(common.reconstruction_term(logits, x.round(), "bce"), bernoulli)
     gaussian = -Normal(p, 1).log_prob(gray).sum(dim=(1, 2, 3)) - constant
     close(common.reconstruction_term(logits, x, "mse"), gaussian)
-    with pytest.raises(ValueError, match="'l1'"):
-        common.reconstruction_term(logits, x, "l1")
+    pytest.raises(ValueError, common.reconstruction_term, logits, x, "l1")
     saturated = torch.full((1, 1, 28, 28), 200.0)
     close(common.reconstruction_term(saturated, torch.zeros_like(saturated)), torch.tensor([200.0 * 784]))
 
@@ -143,7 +134,7 @@ def test_the_bound_is_log_p_for_the_posterior_and_rises_to_it_for_a_poor_q(mnist
     poor = mu + 0.7, logvar + 0.7
     q, posterior = (Normal(mean, (0.5 * log).exp()) for mean, log in (poor, (mu, logvar)))
     elbo = log_p - kl_divergence(q, posterior).sum(dim=1).mean().item()
-    assert bound(*poor, k=1) == pytest.approx(elbo, abs=0.4)
+    assert bound(*poor, k=1) == bound(*poor, k=1) == pytest.approx(elbo, abs=0.4)
     assert elbo + 0.5 < bound(*poor, k=3) < log_p - 0.2
     assert bound(*poor, k=500) == pytest.approx(log_p, abs=0.02)
 
@@ -205,30 +196,26 @@ def test_samples_of_the_ae_have_the_mean_and_covariance_of_its_codes():
     torch.testing.assert_close(ae.sample_codes(codes[:1], 4), codes[:1].expand(4, 3))  # of a single code
 
 
-def plain_networks(encoder, decoder, x):
-    """(mu, logvar, logits of mu), each of plain functions with the weights of the two networks."""
-    w = dict(encoder.named_parameters()) | dict(decoder.named_parameters())
-    h = F.pad(x, (2, 2, 2, 2))
-    for i in (0, 2, 4, 6):
-        h = F.leaky_relu(F.conv2d(h, w[f"model.{i}.weight"], w[f"model.{i}.bias"], 2, 1), 0.01)
-    mu, logvar = (F.linear(h.flatten(1), w[f"{n}.weight"], w[f"{n}.bias"]) for n in ("fc_mean", "fc_logvar"))
-    h = F.linear(mu, w["input_layer.weight"], w["input_layer.bias"]).view(len(x), -1, 4, 4)
-    for i in (0, 2, 4):
-        h = F.leaky_relu(F.conv_transpose2d(h, w[f"decoder.{i}.weight"], w[f"decoder.{i}.bias"], 2, 1), 0.01)
-    h = F.conv_transpose2d(h, w["last_layer.0.weight"], w["last_layer.0.bias"], 1, 1)
-    return mu, logvar, h[..., 2:30, 2:30]  # without what the padding added
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_both_networks_equal_plain_functions_in_output_and_gradients(dtype, tolerance):
     (encoder, decoder), x = build(), torch.rand(16, 1, 28, 28)
+    w = dict(encoder.named_parameters()) | dict(decoder.named_parameters())
     with torch.autocast("cpu", enabled=dtype == torch.bfloat16):
-        mu, logvar, _ = encoder(x)
-        outputs, references = [mu, logvar, decoder.logits(mu)], [*plain_networks(encoder, decoder, x)]
-        assert torch.equal(decoder(mu), outputs[2].sigmoid()) and outputs[2].dtype == dtype
+        outputs = [*encoder(x)[:2], decoder.logits(encoder(x)[0])]
+        assert torch.equal(decoder(encoder(x)[0]), outputs[2].sigmoid()) and outputs[2].dtype == dtype
+        h = F.pad(x, (2, 2, 2, 2))
+        for name in ("model.0", "model.2", "model.4", "model.6"):
+            h = F.leaky_relu(F.conv2d(h, w[f"{name}.weight"], w[f"{name}.bias"], 2, 1), 0.01)
+        mu = F.linear(h.flatten(1), w["fc_mean.weight"], w["fc_mean.bias"])
+        logvar = F.linear(h.flatten(1), w["fc_logvar.weight"], w["fc_logvar.bias"])
+        h = F.linear(mu, w["input_layer.weight"], w["input_layer.bias"]).view(len(x), -1, 4, 4)
+        for name in ("decoder.0", "decoder.2", "decoder.4"):
+            h = F.leaky_relu(F.conv_transpose2d(h, w[f"{name}.weight"], w[f"{name}.bias"], 2, 1), 0.01)
+        h = F.conv_transpose2d(h, w["last_layer.0.weight"], w["last_layer.0.bias"], 1, 1)
+    references = [mu, logvar, h[..., 2:30, 2:30]]  # without what the padding added
     for tensors in (outputs, references):
         total = sum(tensor.float().square().sum() for tensor in tensors)
-        tensors += torch.autograd.grad(total, [*encoder.parameters(), *decoder.parameters()])
+        tensors += torch.autograd.grad(total, [*w.values()])
     for tensor, reference in zip(outputs, references):
         assert (tensor - reference).abs().max() <= tolerance * reference.abs().max()
 
@@ -250,13 +237,11 @@ def test_binarized_test_images_are_drawn_once_with_seed_0(mnist):
     assert torch.equal(binarized.train_images, mnist.train_images), "they are drawn in training"
 
 
-@pytest.mark.parametrize("batch", [7, 250, 1000])
-def test_evaluate_is_the_mean_over_images_and_labels_however_batched(batch, mnist, monkeypatch):
+def test_evaluate_is_the_mean_over_images_and_labels_with_a_short_last_batch(mnist):
     def loss(one, two, three, x, label, scale):
         assert not any([torch.is_grad_enabled(), one.training, two.training, three.training])
         return scale * (x.mean(dim=(1, 2, 3)) * label).mean(), {"label": label.float().mean()}
 
-    monkeypatch.setattr(common, "EVAL_BATCH", batch)
     images, labels = mnist.test_images, mnist.test_labels
     found = common.evaluate(loss, (*build(), torch.nn.Dropout()), images, labels, scale=3)
     product = (images / 255).mean(dim=(1, 2, 3)) * labels
@@ -266,42 +251,36 @@ def test_evaluate_is_the_mean_over_images_and_labels_however_batched(batch, mnis
 def test_encode_takes_mu_a_pair_or_a_triple_in_evaluation_mode(mnist):
     single, pair, triple = build("AE")[0], build()[0], build()[0]
     mu, logvar, _ = triple(mnist.test_images / 255)
-    forward = pair.forward
-    pair.forward = lambda x: forward(x)[:2]
+    pair.forward = lambda x, forward=pair.forward: forward(x)[:2]
     for encoder, expected in ((single, (mu, None)), (pair, (mu, logvar)), (triple, (mu, logvar))):
         encoder.model.append(torch.nn.Dropout())  # does nothing in evaluation mode
         torch.testing.assert_close(common.encode(encoder, mnist.test_images), expected)
-    with pytest.raises(ValueError, match="'GAN'"):
-        common.Encoder(NARROW, 5, "GAN")
+    pytest.raises(ValueError, common.Encoder, NARROW, 5, "GAN")
 
 
 # ---- Training ------------------------------------------------------------------------------------
-def train(data, out, *flags, networks=None):
+def train(data, out, *flags):
     """The networks and the history of two epochs of vae.train_model."""
     args = vae.parse_args([*SMALL, "--epochs=2", "--precision=fp32", *flags])
     out.mkdir(exist_ok=True)
-    networks = networks or build()
+    networks = build()
     return networks, vae.train_model(*networks, data, args, out)
 
 
-DEFAULTS = {"epochs": 20, "batch_size": 128, "lr": 3e-3, "latent_dim": 20, "hidden_dims": [32, 64, 128, 256]}
-DEFAULTS |= {"seed": 0, "limit": 60_000, "recon": "bce", "dataset": "MNIST", "device": "auto"}
-DEFAULTS |= {"precision": "auto", "data": None, "out": None, "resume": None}
-OF_VAE = {"binarize": False, "iw_samples": None}
-OF_BETA_VAE = {**OF_VAE, "beta": 4, "warmup": 0, "capacity": None}
+@each_script
+def test_the_defaults_are_those_of_the_published_numbers(script):
+    expected = {"epochs": 20, "batch_size": 128, "lr": 3e-3, "latent_dim": 20, "limit": 60_000, "seed": 0}
+    expected |= {"hidden_dims": [32, 64, 128, 256], "recon": "bce", "dataset": "MNIST", "data": None}
+    expected |= dict(device="auto", precision="auto", out=None, resume=None, script=f"{script.__name__}.py")
+    expected |= {} if script is ae else {"binarize": False, "iw_samples": None}
+    expected |= {"beta": 4, "warmup": 0, "capacity": None} if script is beta_vae else {}
+    assert vars(script.parse_args([])) == expected
 
 
-@pytest.mark.parametrize("script, more", [(ae, {}), (vae, OF_VAE), (beta_vae, OF_BETA_VAE)], **by_name)
-def test_the_defaults_are_those_of_the_published_numbers(script, more):
-    assert vars(script.parse_args([])) == {**DEFAULTS, **more, "script": f"{script.__name__}.py"}
-
-
-RUNS = [(ae, ae.ae_loss, ""), (vae, vae.vae_loss, "--binarize")]
-RUNS += [(beta_vae, beta_vae.beta_vae_loss, "--binarize --beta 3 --warmup 2 --capacity 200")]
-
-
-@pytest.mark.parametrize("script, loss, flags", RUNS, **by_name)
-def test_a_run_equals_a_plain_training_loop(script, loss, flags, small, figures, tmp_path):
+@each_script
+def test_a_run_equals_a_plain_training_loop(script, small, figures, tmp_path):
+    loss = {ae: ae.ae_loss, vae: vae.vae_loss}.get(script, beta_vae.beta_vae_loss)
+    flags = {ae: "", vae: "--binarize"}.get(script, "--binarize --beta 3 --warmup 2 --capacity 200")
     flags += " --recon mse --seed 5 --epochs 3 --batch-size 40 --lr 1e-2 --precision fp32 --out"
     out = script.main([*SMALL, *flags.split(), str(tmp_path / "run")])
     torch.manual_seed(5 * 1_000_003)
@@ -335,6 +314,7 @@ def test_a_run_equals_a_plain_training_loop(script, loss, flags, small, figures,
         for x in test_images.split(250):
             add_terms(x, epoch, "test_", len(x) / 300)
         assert history[epoch - 1].pop("seconds") > 0 and history[epoch - 1] == pytest.approx(row, rel=1e-4)
+    assert common.learning_rate(0, 1, 2e-3) == 2e-3, "of a run of one step"
     trained = common.load_model(out)[:2]
     torch.testing.assert_close(weights(*trained), weights(*networks), rtol=1e-3, atol=1e-4)
 
@@ -342,6 +322,7 @@ def test_a_run_equals_a_plain_training_loop(script, loss, flags, small, figures,
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_speed_and_time_left_in_80_columns(terminal, mnist, tmp_path, monkeypatch, capsys):
     def loss(encoder, decoder, x, kind):
+        assert encoder.training == decoder.training == torch.is_grad_enabled()
         calls.append(x)
         terms = dict.fromkeys(["kl", "a_term_of_a_script_copied", "one_too_many"], torch.tensor(2.0))
         return 0 * decoder.last_layer[0].bias.sum() + 3.14159, terms
@@ -351,6 +332,7 @@ def test_progress_shows_speed_and_time_left_in_80_columns(terminal, mnist, tmp_p
     monkeypatch.setattr(common.time, "perf_counter", lambda: 1000 + len(calls) ** 2 / 100)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     train(mnist, tmp_path, "--batch-size=5")  # 102 steps per epoch, and two batches of test images
+    pytest.raises(TypeError, common.Meter(1, 1, None).add, calls[0], {"loss": calls[0]})  # the name is taken
     terms = "test loss 3.14 kl 2.00 a_term_of_a_script_copied 2.00\n"  # cut between words
     lines = [
         "epoch 1/2  10 images/s  77 s left",  # 50 steps in 25 s, 154 are left
@@ -364,63 +346,37 @@ def test_progress_shows_speed_and_time_left_in_80_columns(terminal, mnist, tmp_p
     assert capsys.readouterr().out == expected
 
 
-def test_learning_rate_warms_up_over_a_tenth_and_falls_to_zero():
-    rates = [common.learning_rate(step, 1000, 2e-3) for step in range(1001)]
-    straight = [*torch.linspace(2e-5, 2e-3, 100).tolist(), *torch.linspace(2e-3, 0, 901).tolist()]
-    assert rates == pytest.approx(straight, abs=1e-9)
-    assert common.learning_rate(0, 1, 2e-3) == 2e-3  # a run of one step
+def test_bfloat16_ends_near_float32_and_a_finished_run_is_in_evaluation_mode(mnist, tmp_path):
+    flags = {"fp32": [], "bf16": ["--precision=bf16"]}
+    full, low = (train(mnist, tmp_path / name, *flags[name])[1][-1]["train_loss"] for name in flags)
+    assert low != full and low == pytest.approx(full, rel=0.02)
+    networks, _ = train(mnist, tmp_path / "bf16")  # with no epoch left
+    assert not any(network.training for network in networks) and weights(*networks).dtype == torch.float32
 
 
-def test_one_seed_gives_one_run_to_the_bit_and_nearly_its_loss_in_bfloat16(mnist, tmp_path):
-    flags = {"first": ["--seed=3"], "again": ["--seed=3"], "other": ["--seed=4"]}
-    flags["bf16"] = ["--seed=3", "--precision=bf16"]
-    runs = {name: train(mnist, tmp_path / name, *flags[name]) for name in flags}
-    trained = {name: weights(*networks) for name, (networks, _) in runs.items()}
-    assert torch.equal(trained["first"], trained["again"])
-    assert not torch.equal(trained["first"], trained["other"])
-    full, low = (runs[name][1][-1]["test_loss"] for name in ("first", "bf16"))
-    assert low != full and low == pytest.approx(full, rel=0.02) and trained["bf16"].dtype == torch.float32
-
-
-@pytest.mark.parametrize("kind", ["cpu", "mps"])
-def test_float32_stays_exact_and_layouts_are_channels_last_but_on_mps(kind, monkeypatch):
-    before, layer = torch.get_float32_matmul_precision(), torch.nn.Conv2d(2, 2, 3)
+def test_float32_stays_exact_and_layouts_are_channels_last_but_on_mps(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.set_float32_matmul_precision("high")
-    common.set_up_device(torch.device(kind), layer, layer)
-    found = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision(before)
-    assert found == ("highest", False)
-    assert layer.weight.is_contiguous(memory_format=torch.channels_last) == (kind == "cpu")
+    for kind in ("cpu", "mps"):
+        common.set_up_device(torch.device(kind), *(layers := [torch.nn.Conv2d(2, 2, 3) for _ in range(2)]))
+        for layer in layers:
+            assert layer.weight.is_contiguous(memory_format=torch.channels_last) == (kind == "cpu")
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("ratio, capability, found", [(1.49, (7, 5), "fp32"), (1.51, (8, 0), "bf16")])
 def test_bfloat16_is_used_where_it_is_half_again_as_fast(ratio, capability, found, monkeypatch):
     def repeat(*_, globals, **__):
-        threads.append(torch.get_num_threads())
+        assert torch.get_num_threads() == 1
         return [9, {torch.float32: ratio, torch.bfloat16: 1}[globals["a"].dtype], 9]  # the fastest counts
 
-    threads = []
     monkeypatch.setattr(common.timeit, "repeat", repeat)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     torch.set_num_threads(2)
-    measured = common.pick_precision(torch.device("cpu"))
-    threads.append(torch.get_num_threads())
+    on_cpu, on_cuda = (common.pick_precision(torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert on_cpu == (found, "bfloat16 products are 1.5 times as fast") and on_cuda[0] == found
+    assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    assert measured == (found, "bfloat16 products are 1.5 times as fast") and threads == [1, 1, 2]
-    assert common.pick_precision(torch.device("cuda"))[0] == found
-
-
-def test_layers_are_switched_between_training_and_evaluation(mnist, tmp_path):
-    (encoder, decoder), modes = build(), {True: set(), False: set()}
-    encoder.model.append(torch.nn.BatchNorm2d(NARROW[3]))
-    decoder.decoder.append(torch.nn.Dropout())
-    for layer in (encoder.model[-1], decoder.decoder[-1]):
-        layer.register_forward_hook(lambda layer, *_: modes[torch.is_grad_enabled()].add(layer.training))
-    train(mnist, tmp_path, networks=(encoder, decoder))
-    assert modes == {True: {True}, False: {False}}
-    train(mnist, tmp_path, networks=(encoder.train(), decoder.train()))  # resumed, with no epoch left
-    assert not encoder.training and not decoder.training
 
 
 def test_divergence_names_term_and_epoch_and_keeps_the_last_checkpoint(mnist, tmp_path, monkeypatch):
@@ -433,37 +389,27 @@ def test_divergence_names_term_and_epoch_and_keeps_the_last_checkpoint(mnist, tm
     assert all(tensor.isfinite().all() for tensor in checkpoint["encoder"].values())
 
 
-def test_a_term_named_loss_is_refused():
-    with pytest.raises(TypeError, match="loss"):
-        common.Meter(1, 1, None).add(torch.ones(()), {"loss": torch.ones(())})
-
-
 # ---- Shared text ---------------------------------------------------------------------------------
-# How those lines begin that may differ from vae.py: in ae.py (loss, binarize, KL, bound, samples) ...
+# How lines begin that may differ from vae.py: in ae.py (loss, binarize, KL, bound, samples); in beta_vae.py
 IN_AE = r"parser\.description|bound|if args\.binarize|x = torch\.bernoulli|loss, terms =|encoder = Encoder"
 IN_AE += r"|test = common\.(evaluate|representation_metrics)\(|# Training draws|fixed =|mu, |train_mu, _ ="
 IN_AE += r"|test\[|labels =|z =|title =|common\.plot_(kl_per_dimension|traversals|manifold)\("
 IN_AE += r"|if args\.(latent_dim|iw_samples)|def log_likelihood|return -recon|common\.save_metrics\("
-# ... and in beta_vae.py (loss and beta)
 IN_BETA_VAE = r"parser\.description|objective|epochs =|capacity =|settings =|networks =|loss, terms ="
 IN_BETA_VAE += r"|test = common\.evaluate\(|labels \|?="
 
 
-@pytest.mark.parametrize("name", ["parse_args", "train_model", "main"])
 @pytest.mark.parametrize("script, may_differ", [(ae, IN_AE), (beta_vae, IN_BETA_VAE)], ids=["ae", "beta_vae"])
-def test_scripts_are_the_same_text_where_their_models_do_not_differ(script, may_differ, name):
-    def shared(module):
-        text = inspect.getsource(getattr(module, name)).splitlines()
-        return [line for line in text if line and not re.match(rf" *({may_differ})", line)]
-
-    assert shared(script) == shared(vae) and len(shared(vae)) > 10
+def test_scripts_are_the_same_text_where_their_models_do_not_differ(script, may_differ):
+    for name in ("parse_args", "train_model", "main"):
+        texts = [inspect.getsource(getattr(module, name)).splitlines() for module in (script, vae)]
+        own, of_vae = ([x for x in text if x and not re.match(rf" *({may_differ})", x)] for text in texts)
+        assert own == of_vae and len(own) > 10
 
 
 # ---- Figures: what they draw, and what scripts hand to them ----------------------------------------
-
-
 def spell(z):  # a decoder whose images spell their codes
-    return torch.nn.functional.pad(z, (0, 784 - z.shape[1])).view(-1, 1, 28, 28)
+    return F.pad(z, (0, 784 - z.shape[1])).view(-1, 1, 28, 28)
 
 
 @pytest.fixture
@@ -581,11 +527,10 @@ def test_figures_do_not_depend_on_the_users_settings(mnist, tmp_path, monkeypatc
     assert written[0] == written[1] and len(written[0]) == 4
 
 
-@pytest.mark.parametrize("script", SCRIPTS, **by_name)
+@each_script
 def test_a_script_hands_the_right_codes_to_each_figure(script, small, calls, monkeypatch, tmp_path):
     to_mu = torch.randn(784, 5) * torch.tensor([1, 0.3, 0.1, 0.001, 0])  # only three latents vary
-    pixels = partial(lambda images: common.to_pixels(images).flatten(1))
-    monkeypatch.setattr(common, "encode", lambda _, x: (pixels(x) @ to_mu, pixels(x)[:, 200:205]))
+    monkeypatch.setattr(common, "encode", lambda _, x: ((x / 255).flatten(1) @ to_mu, x[:, 0, 9, 9:14] / 255))
     monkeypatch.setattr(common, "load_data", lambda *args: asked.append(args) or small)
     flags, asked = [*SMALL, "--epochs=1", "--resume", str(tmp_path / "run")], []
     flags += [] if script is ae else "--binarize --recon mse --iw-samples 3".split()
@@ -595,7 +540,6 @@ def test_a_script_hands_the_right_codes_to_each_figure(script, small, calls, mon
     right = {"train_mu": train_mu, "mu": mu, "logvar": logvar, "k": 3}
     given = [(name, argument) for name in calls for argument in calls[name].keys() & right.keys()]
     torch.testing.assert_close([calls[name][key] for name, key in given], [right[key] for _, key in given])
-    assert torch.equal(calls["representation_metrics"]["data"].train_images, train_images)
     assert asked[:1] == [(ROOT / "data", "MNIST", torch.device("cpu"), 60_000, script is not ae)]
     labels = {"loss": "objective" if script is beta_vae else "$-$ELBO", "elbo": "ELBO", "kl": "KL"}
     for term, label in calls["plot_loss_curves"]["labels"].items():
@@ -615,37 +559,31 @@ def test_a_script_hands_the_right_codes_to_each_figure(script, small, calls, mon
 
 
 # ---- Whole runs, each in a process of its own, on the real test images -----------------------------
-
 FIGURES = ["reconstructions", "samples", "interpolations", "loss_curves", "latent_space"]
 OF_LATENTS = [*FIGURES, "traversals", "kl_per_dimension"]
-WHOLE_RUNS = {  # flags and figures
-    ae: ("--recon mse --precision fp32", FIGURES),
-    vae: ("--binarize --iw-samples 3 --precision bf16", OF_LATENTS),
-    beta_vae: ("--capacity 5 --latent-dim 2", [*OF_LATENTS, "manifold"]),
-}
+WHOLE_RUNS = [  # script, flags, the first line's precision, figures
+    (ae, "--recon mse --precision fp32", r"fp32 \(as set\)", FIGURES),
+    (vae, "--binarize --iw-samples 3 --precision bf16", r"bf16 \(as set\)", OF_LATENTS),
+    (beta_vae, "--capacity 5 --latent-dim 2", r"(fp32|bf16) \(.* as fast\)", [*OF_LATENTS, "manifold"]),
+]
 
 
 @pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory):  # by script, the folder and the process; two run at a time
-    folder = tmp_path_factory.mktemp("whole")
-
-    def run(script):
-        flags = f"--epochs 2 --limit 500 --seed 7 {WHOLE_RUNS[script][0]}".split()
-        argv = [sys.executable, ROOT / f"{script.__name__}.py", *SMALL, *flags]
-        process = subprocess.run(argv, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-        return folder / "runs" / script.__name__, process
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(WHOLE_RUNS, pool.map(run, WHOLE_RUNS)))
+def whole_runs(tmp_path_factory):  # all at once; by script, the folder, what was printed, and errors
+    folder, processes = tmp_path_factory.mktemp("whole"), {}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
+    for script, flags, *_ in WHOLE_RUNS:
+        flags = [*SMALL, *f"--epochs 2 --limit 500 --seed 7 {flags}".split()]
+        argv = [sys.executable, ROOT / f"{script.__name__}.py", *flags]
+        processes[script] = subprocess.Popen(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+    return {x: (folder / "runs" / x.__name__, *process.communicate()) for x, process in processes.items()}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, **by_name)
-def test_a_run_leaves_the_files_of_its_model_with_figures_that_fit_a_column(script, whole_runs):
-    out, process = whole_runs[script]
-    assert (process.returncode, process.stderr) == (0, ""), process.stderr
-    precision = {ae: r"fp32 \(as set\)", vae: r"bf16 \(as set\)"}.get(script, r"(fp32|bf16) \(.* as fast\)")
-    assert re.match(rf"cpu, {precision}, seed 7, writing to runs.{script.__name__}\n", process.stdout)
-    figures = {f"{name}.{kind}" for name in WHOLE_RUNS[script][1] for kind in ("png", "pdf")}
+@pytest.mark.parametrize("script, flags, precision, names", WHOLE_RUNS, **NAMES)
+def test_a_run_leaves_figures_and_says_how_it_was_trained(script, flags, precision, names, whole_runs):
+    out, printed, errors = whole_runs[script]
+    assert re.match(rf"cpu, {precision}, seed 7, writing to runs.{script.__name__}\n", printed) and not errors
+    figures = {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert files(out).keys() == figures | {"history.csv", "metrics.json", "checkpoint.pt"}
     for pdf in out.glob("*.pdf"):
         image = imread(pdf.with_suffix(".png"))
@@ -653,16 +591,10 @@ def test_a_run_leaves_the_files_of_its_model_with_figures_that_fit_a_column(scri
         assert image.std() > 0.01 and edges == {1}, f"{pdf.stem} is blank or cut off"
         assert float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf.read_bytes())[1]) == 3.25 * 72  # points
         assert b"/Type3" not in pdf.read_bytes()
-
-
-@pytest.mark.parametrize("script", SCRIPTS, **by_name)
-def test_history_and_metrics_say_how_a_run_was_trained(script, whole_runs):
-    out, _ = whole_runs[script]
     (_, history, _), metrics = result(out), json.loads((out / "metrics.json").read_text())
     terms = ["loss", "recon"] if script is ae else ["loss", "recon", "kl", "elbo"]
-    names = [f"{split}_{term}" for split in ("train", "test") for term in terms]
-    assert [list(row) for row in history] == 2 * [["epoch", "lr", *names, "seconds"]]
-    assert all(math.isfinite(value) for row in history for value in row.values())
+    columns = [f"{split}_{term}" for split in ("train", "test") for term in terms]
+    assert [list(row) for row in history] == 2 * [["epoch", "lr", *columns, "seconds"]]
     encoder, decoder, args = common.load_model(out)
     assert not encoder.training and not decoder.training
     given = {"seed": 7, "batch_size": 64, "limit": 500, "epochs": 2, "hidden_dims": NARROW, "device": "cpu"}
@@ -671,21 +603,27 @@ def test_history_and_metrics_say_how_a_run_was_trained(script, whole_runs):
     train = {"epochs": 2, "seconds": seconds, "images_per_second": 2 * 7 * 64 / seconds}  # seven batches
     assert metrics["train"] == pytest.approx(train) and len(metrics) == 4
     unused = weights(encoder.fc_logvar).numel() if script is ae else 0
-    environment = {"device": "cpu", "threads": 1, "precision": args.precision, "train_images": 500}
-    environment |= {"test_images": 10_000, "parameters": weights(encoder, decoder).numel() - unused}
-    environment |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    assert metrics["environment"] == {**environment, "python": platform.python_version()}
+    found = {"device": "cpu", "threads": 1, "precision": args.precision, "train_images": 500}
+    found |= {"test_images": 10_000, "parameters": weights(encoder, decoder).numel() - unused}
+    found |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    assert metrics["environment"] == {**found, "python": "{}.{}.{}".format(*sys.version_info)}
 
 
 # ---- Kill and resume -------------------------------------------------------------------------------
-
 RUN = [*SMALL, *"--recon mse --capacity 0 --seed 7 --lr 1e-3 --limit 512 --epochs 2 --precision bf16".split()]
 ctrl_c = partial(signal.raise_signal, signal.SIGINT)
+full_disk = Mock(side_effect=OSError("No space left on device"))
+# An epoch has eight steps, and puts two files into place: checkpoint.pt, then history.csv.
+STOPS = [((os, "replace", 3, sys.exit), 1), ((os, "replace", 4, sys.exit), 2)]
+STOPS += [
+    ((Path, "write_bytes", 3, full_disk), 1),
+    ((common.Meter, "add", 12, lambda: (ctrl_c(), ctrl_c())), 1),
+]
 
 
 def at_call(patch, owner, name, number, act):  # patches owner.name: at one of its calls `act()` comes first
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start us with Ctrl-C ignored
-    numbers, function = itertools.count(1), getattr(owner, name)
+    numbers, function = iter(range(1, 10**6)), getattr(owner, name)
     patch.setattr(owner, name, lambda *args: (next(numbers) == number and act(), function(*args))[1])
 
 
@@ -695,8 +633,8 @@ def files(folder):  # by name; those that start with a dot do not count
 
 def result(out):  # weights, history (which is that of history.csv) without its seconds, and names of files
     history = common.read_checkpoint(out)["history"]
-    table = csv.DictReader((out / "history.csv").read_text().splitlines())
-    assert [{name: float(text) for name, text in row.items()} for row in table] == history
+    names, *rows = (line.split(",") for line in (out / "history.csv").read_text().splitlines())
+    assert [dict(zip(names, map(float, row))) for row in rows] == history
     networks, history = common.load_model(out)[:2], [{**row, "seconds": 0} for row in history]
     return weights(*networks).tolist(), history, files(out).keys()
 
@@ -707,14 +645,6 @@ def finished(mnist, tmp_path_factory):  # the folder of a run of two epochs, not
         patch.setattr(common, "load_data", lambda *_: mnist)
         patch.setattr(common.Figure, "savefig", lambda *_: None)
         return beta_vae.main([*RUN, "--out", str(tmp_path_factory.mktemp("finished") / "run")])
-
-
-STOPS = [  # an epoch has eight steps, and puts two files into place: checkpoint.pt, then history.csv
-    ((os, "replace", 3, sys.exit), 1),
-    ((os, "replace", 4, sys.exit), 2),
-    ((Path, "write_bytes", 3, Mock(side_effect=OSError("No space left on device"))), 1),
-    ((common.Meter, "add", 12, lambda: (ctrl_c(), ctrl_c())), 1),
-]
 
 
 @pytest.mark.parametrize("stop, epochs", STOPS)
@@ -746,12 +676,10 @@ def test_ctrl_c_stops_after_the_epoch(step, code, finished, small, figures, monk
     assert result(beta_vae.main(["--resume=run"])) == result(finished)
 
 
-OTHERS = {"seed": "8", "precision": "fp32", "dataset": "KMNIST", "limit": "511", "latent_dim": "6"}
-OTHERS |= {"hidden_dims": "4 8 8 8", "recon": "bce", "epochs": "3", "batch_size": "32", "lr": "2e-3"}
-OTHERS |= {"beta": "3", "warmup": "1", "capacity": "1", "binarize": ""}
-
-
 def test_a_resumed_run_has_its_own_flags_and_refuses_almost_all_others_by_name(finished, tmp_path, capsys):
+    refused = {"seed": "8", "precision": "fp32", "dataset": "KMNIST", "limit": "511", "latent_dim": "6"}
+    refused |= {"hidden_dims": "4 8 8 8", "recon": "bce", "epochs": "3", "batch_size": "32", "lr": "2e-3"}
+    refused |= {"beta": "3", "warmup": "1", "capacity": "1", "binarize": ""}
     checkpoint, resume = common.read_checkpoint(finished), ["--resume", str(tmp_path)]
     stored = {**checkpoint["args"], "out": None, "resume": str(tmp_path)}
     del checkpoint["args"]["dataset"]  # which then counts as its default
@@ -761,13 +689,17 @@ def test_a_resumed_run_has_its_own_flags_and_refuses_almost_all_others_by_name(f
     others = "--device=auto --data=elsewhere --iw-samples=2 --precision=auto".split()
     assert vars(beta_vae.parse_args([*resume, *RUN])) == vars(beta_vae.parse_args(resume)) == stored
     assert vars(beta_vae.parse_args([*resume, *others])) == {**stored, **may_differ}
-    assert stored.keys() - may_differ.keys() - {"out", "resume", "script"} == OTHERS.keys()
-    for name, value in OTHERS.items():
+    assert stored.keys() - may_differ.keys() - {"out", "resume", "script"} == refused.keys()
+    for name, value in refused.items():
         flag = f"--{name.replace('_', '-')}"
         error = ends(beta_vae.main, [*resume, flag, *value.split()], capsys)
         assert f"{flag} is {stored[name]} in that run; for another value, start a new run" in error
     assert "is one of beta_vae.py, not of vae.py" in ends(vae.main, resume, capsys)
     assert files(tmp_path) == before
+    path, code = tmp_path / "checkpoint.pt", {**checkpoint, "more": Path("x")}
+    for damaged in (path.read_bytes()[:-1000], {"epoch": 1}, [1, 2], code):
+        path.write_bytes(damaged) if isinstance(damaged, bytes) else torch.save(damaged, path)
+        assert f"--resume: {path} is damaged" in ends(beta_vae.main, resume, capsys)
 
 
 def test_metrics_say_what_the_checkpoint_says_and_keep_a_bound(finished, small, figures, tmp_path):
@@ -783,7 +715,7 @@ def test_metrics_say_what_the_checkpoint_says_and_keep_a_bound(finished, small, 
 
 
 def test_a_term_wins_over_a_measurement_and_what_is_not_finite_is_left_out(mnist, tmp_path, capsys):
-    args, row = argparse.Namespace(precision="fp32", batch_size=64), {"epoch": 1, "seconds": 2.0}
+    args, row = vae.parse_args(SMALL), {"epoch": 1, "seconds": 2.0}
     common.save_checkpoint(tmp_path, [{**row, "test_mse": 3.0}], args, mnist)
     common.save_metrics(tmp_path, {"mse": 0.5, "pca_mse": math.nan, "kl_per_latent": [1.0, math.inf], "k": 1})
     assert json.loads((tmp_path / "metrics.json").read_text())["test"] == {"mse": 3.0, "k": 1}
@@ -792,39 +724,30 @@ def test_a_term_wins_over_a_measurement_and_what_is_not_finite_is_left_out(mnist
     assert files(tmp_path).keys() == {"checkpoint.pt", "history.csv"}, "the numbers were of fewer epochs"
 
 
-def test_damaged_and_foreign_checkpoints_are_refused_in_one_line(finished, tmp_path, capsys):
-    path, good = tmp_path / "checkpoint.pt", (finished / "checkpoint.pt").read_bytes()
-    for foreign in ({"epoch": 1}, [1, 2], {**common.read_checkpoint(finished), "more": Path("x")}, None):
-        path.write_bytes(good[:-1000]) if foreign is None else torch.save(foreign, path)
-        assert f"--resume: {path} is damaged" in ends(beta_vae.main, ["--resume", tmp_path], capsys)
-
-
 # ---- Refusals and data -----------------------------------------------------------------------------
-
-BAD = {  # flags, and values that each of them refuses
-    "--epochs --latent-dim --iw-samples --batch-size --limit": "0 -1 1.5 two nan inf 1e3 99999999999999",
-    "--seed": "-1 1.5 two nan inf 1e3 4294967296",
-    "--lr --beta --warmup --capacity": "-1 nan inf -inf 1e999 two",
-    "--precision --recon --dataset": "other",
-    "--device": "gpu xpu hpu cuda:99 cuda:-1 cuda:x meta cuda:99999999999999999999",
-    "--out --resume": "file file/below occupied " + "x" * 300,
-}
-COMMANDS = [f"{flag}={value}" for flags in BAD for flag in flags.split() for value in BAD[flags].split()]
-COMMANDS += "--lr=0 --beta=0 --warmup=2 --limit=60001 --out= --resume= --data= --none=3 --epoch=3".split()
-COMMANDS += ["--batch-size=257 --limit=256", "--iw-samples=3", "--hidden-dims 4 8 8", "--hidden-dims 4 8 8 0"]
-OTHER_SCRIPTS = [(vae, "--beta=3"), (vae, "--warmup=1"), (ae, "--capacity=3"), (ae, "--binarize")]
-
-
 def test_bad_input_is_refused_in_one_line_by_name_and_writes_nothing(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("a file")
     Path("occupied", "folder").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    for script, command in [*zip(itertools.repeat(beta_vae), COMMANDS), *OTHER_SCRIPTS]:
+    values = {
+        "--epochs --latent-dim --iw-samples --batch-size --limit": "0 -1 1.5 two nan inf 1e3 99999999999999",
+        "--seed": "-1 1.5 two nan inf 1e3 4294967296",
+        "--lr --beta --warmup --capacity": "-1 nan inf -inf 1e999 two",
+        "--precision --recon --dataset": "other",
+        "--device": "gpu xpu hpu cuda:99 cuda:-1 cuda:x meta cuda:99999999999999999999",
+        "--out --resume": "file file/below occupied " + "x" * 300,
+    }
+    bad = [f"{flag}={value}" for flags in values for flag in flags.split() for value in values[flags].split()]
+    bad += "--lr=0 --beta=0 --warmup=2 --limit=60001 --out= --resume= --data= --none=3 --epoch=3".split()
+    bad += ["--batch-size=257 --limit=256", "--iw-samples=3", "--hidden-dims 4 8 8", "--hidden-dims 4 8 8 0"]
+    others = [(vae, "--beta=3"), (vae, "--warmup=1"), (ae, "--capacity=3"), (ae, "--binarize")]
+    for script, command in [*((beta_vae, command) for command in bad), *others]:
         error = ends(script.main, [*SMALL, "--epochs=1", *command.split()], capsys)
         flag, _, value = command.split()[0].partition("=")
         assert flag in error or (flag in ("--out", "--resume") and value in error), command
         assert sorted(tmp_path.rglob("*")) == before, command
+    assert [common.free_folder(Path("a", "b")).name for _ in range(3)] == ["b", "b-2", "b-3"]
     Path("runs").write_text("as refused as a link to nowhere")
     assert "'runs'" in ends(vae.main, SMALL, capsys)
 
@@ -878,9 +801,7 @@ def test_a_failed_download_gives_a_reason_and_leaves_no_folder(name, asked, caps
     assert not any(tmp_path.iterdir())
 
 
-def test_the_readmes_own_model_is_recorded_as_itself_and_resumes(
-    small, figures, tmp_path, monkeypatch, capsys
-):
+def test_the_readmes_own_model_keeps_its_name_and_flags(small, figures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     readme, text = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "vae.py"))
@@ -979,7 +900,7 @@ def test_what_is_no_finished_run_is_left_out_with_the_reason(tmp_path, capsys):
     assert "no finished run" in capsys.readouterr().err
 
 
-def test_latex_shows_names_and_settings_literally_and_fits_a_column(tmp_path, capsys, figures):
+def test_latex_shows_names_and_settings_literally(tmp_path, capsys, figures):
     name, out = r"\input{a}$&#%_^~", tmp_path / "new" / "folder"
     literal = r"\textbackslash{}input\{a\}\$\&\#\%\_\^{}\~{}"
     runs = [make_run(tmp_path / f"{i}", {"kl": 9.0 + i, name: 1}, seed=i, recon=name) for i in range(2)]
@@ -990,12 +911,7 @@ def test_latex_shows_names_and_settings_literally_and_fits_a_column(tmp_path, ca
     assert tex.count(literal) == 3 and name not in tex  # in caption, heading and setting
     assert "VAE & 2 &  & 9.50 & 1" in tex and r" &  &  & \scriptsize $\pm$ 0.71 & " in tex
     assert r"$\beta$-VAE" in tex and "& $-$3.00 &" in tex
-    if not shutil.which("pdflatex"):
-        pytest.skip("no pdflatex to typeset the table")
-    page = r"\documentclass{article}\usepackage{booktabs,graphicx}\textwidth=3.25in\begin{document}"
-    (out / "page.tex").write_text(page + r"\input{comparison}\end{document}")
-    subprocess.run(["pdflatex", "-interaction=batchmode", "page"], cwd=out, check=True, capture_output=True)
-    assert "Overfull" not in (out / "page.log").read_text()
+    assert tex.count("{") == tex.count("}")
 
 
 def test_each_protocol_has_a_table_and_with_two_runs_a_panel(tmp_path, capsys, figures):
