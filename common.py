@@ -267,8 +267,9 @@ def print_epoch(history, args):
     """Print the seconds of training left and the last epoch's test terms, as far as 80 columns hold them."""
     row, epochs = history[-1], f"{len(history)}/{args.epochs}"
     line = f"epoch {epochs}  {(args.epochs - len(history)) * row['seconds']:.0f} s left  test"
-    line += "".join(f" {name[5:]} {value:.2f}" for name, value in row.items() if name.startswith("test_"))
-    line = line if len(line) < 80 else line[:80].rpartition(" ")[0]
+    terms = [f" {name[5:]} {value:.2f}" for name, value in row.items() if name.startswith("test_")]
+    while terms and len(line + terms[0]) < 80:
+        line += terms.pop(0)
     print("\r\x1b[K" * sys.stdout.isatty() + line, flush=True)  # over the line that Meter shows
 
 
