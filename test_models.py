@@ -86,7 +86,7 @@ def test_reconstruction_terms_equal_float64_references_even_in_saturation():
     gaussian = -Normal(p, 1).log_prob(gray).sum(dim=(1, 2, 3)) - constant
     close(common.reconstruction_term(logits, x, "mse"), gaussian)
     pytest.raises(ValueError, common.reconstruction_term, logits, x, "l1")
-    pytest.raises(TypeError, common.to_pixels, x)  # not uint8
+    pytest.raises(TypeError, common.to_pixels, x)
     saturated = torch.full((1, 1, 28, 28), 200.0)
     close(common.reconstruction_term(saturated, torch.zeros_like(saturated)), torch.tensor([200.0 * 784]))
 
@@ -804,6 +804,7 @@ def test_the_readmes_own_model_keeps_its_name_and_flags(small, figures, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(common, "epochs_left", lambda *_: [1])
         pytest.raises(SystemExit, iwae.main, [*SMALL, "--epochs=2"])
+    assert capsys.readouterr().out.endswith("python iwae.py --resume runs/iwae\n")
     metrics = json.loads((iwae.main(["--resume=runs/iwae"]) / "metrics.json").read_text())
     found = [metrics["args"][name] for name in ("script", "recon", "masks")]
     assert found == ["iwae.py", "Gaussian, one learned variance", [1, 2]] and metrics["train"]["epochs"] == 2
@@ -855,11 +856,11 @@ def test_seeds_become_a_row_in_which_each_metric_has_its_factor_and_digits(tmp_p
     numbers = "VAE 3 70.00 23.00±3.61 -90.00 -80.00 -85.00 17.0 87.6 12.30 0.00861 -177.0".split()
     assert [heading.replace("IW bound, K = ", "IW").replace(" ", "_") for heading in table[0]] == headings
     assert [cell.replace(" (n = 1)", "").replace(" ", "") for cell in table[2]] == numbers
-    assert table[2][2] == "70.00 (n = 1)" and len(table) == 3
+    assert table[1][:3] == ["---", "---:", "---:"] and table[2][2] == "70.00 (n = 1)" and len(table) == 3
     [(_, table)] = compare(capsys, *runs, "--columns", "mse", "iw_bound", "kl")
     assert table[0][2:] == ["1000 MSE", "IW bound, K = 128", "IW bound, K = 64", "KL"]
     assert "nonsense" in ends(compare_runs.main, [*runs, "--columns", "nonsense"], capsys)
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}  # nothing is written without --out
+    assert len([*tmp_path.iterdir()]) == 3, "nothing is written without --out"
 
 
 def test_a_custom_term_keeps_its_name_and_pca_and_raw_pixels_get_rows(tmp_path, capsys):
@@ -896,8 +897,7 @@ def test_latex_shows_names_and_settings_literally(tmp_path, capsys, figures):
     tex = (out / "comparison.tex").read_text()
     assert tex.count(literal) == 3 and name not in tex  # in caption, heading and setting
     assert "VAE & 2 &  & 9.50 & 1" in tex and r" &  &  & \scriptsize $\pm$ 0.71 & " in tex
-    assert r"$\beta$-VAE" in tex and "& $-$3.00 &" in tex
-    assert tex.count("{") == tex.count("}")
+    assert r"$\beta$-VAE" in tex and "& $-$3.00 &" in tex and tex.count("{") == tex.count("}")
 
 
 def test_each_protocol_has_a_table_and_with_two_runs_a_panel(tmp_path, capsys, figures):
@@ -907,7 +907,8 @@ def test_each_protocol_has_a_table_and_with_two_runs_a_panel(tmp_path, capsys, f
     headings = [heading for heading, _ in compare(capsys, *runs, "--out", tmp_path)]
     words = ["gray pixels; Bernoulli", "binarized", "unit variance", "learned variance", "KMNIST", "50000"]
     assert len(headings) == 6 and all(word in heading for word, heading in zip(words, headings))
-    assert re.findall("caption{(.*?) Mean", (tmp_path / "comparison.tex").read_text()) == headings
+    captions = re.findall(r"caption{(.*?) Mean.*-(\d)}", (tmp_path / "comparison.tex").read_text())
+    assert captions == [*zip(headings, "123456")]
     panels = [ax.texts[-1].get_text() for ax in figures["rate_distortion.pdf"].axes]
     assert panels == [
         f"MNIST, gray pixels;\n{x}" for x in ("Bernoulli cross-entropy", "Gaussian of unit variance")
@@ -918,8 +919,7 @@ def test_the_figure_has_recon_over_kl_and_lines_labeled_with_their_elbo(tmp_path
     for name, kl, recon in (("vae", 20, -800), ("beta_vae", 10, -700)):
         make_run(tmp_path / name, {"kl": kl, "recon": recon}, script=f"{name}.py")
     compare(capsys, tmp_path / "vae", tmp_path / "beta_vae", "--out", tmp_path)
-    assert figures.keys() == {"rate_distortion.pdf", "rate_distortion.png"}
-    (ax,) = figures["rate_distortion.png"].axes
+    (ax,), _ = (figures[f"rate_distortion.{kind}"].axes for kind in ("png", "pdf"))
     points, lines = [line.get_xydata().tolist() for line in ax.lines[:2]], ax.lines[2:]
     assert points == [[[20, -800]], [[10, -700]]] and len(lines) == len(ax.texts) > 2
     assert "KL" in ax.get_xlabel() and "recon" in ax.get_ylabel()
