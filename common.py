@@ -434,14 +434,15 @@ def plot_interpolations(decoder, mu, data, out, steps=11):
 def plot_loss_curves(history, labels, data, out):
     """One panel for each term in `labels` that the history has: train and test, over epochs."""
     labels = {term: text for term, text in labels.items() if f"test_{term}" in history[0]} or {"loss": "loss"}
-    height = max(0.6 * WIDTH, 0.4 + len(labels))
-    with new_figure(out, "loss_curves", f"{data.name}: losses", height, len(labels)) as axes:
+    with new_figure(out, "loss_curves", f"{data.name}: losses", 1 + 0.8 * len(labels), len(labels)) as axes:
         for ax, (name, label) in zip(axes, labels.items()):
-            late, tenth = [], len(history) // 10  # sets the range, without the first fall or a test's spike
+            late, tenth = [], len(history) // 10  # the range shows neither the first fall nor a test's spike
             for split in ("train", "test"):
                 values = [row[f"{split}_{name}"] for row in history]
                 ax.plot([row["epoch"] for row in history], values, marker=".", markersize=3, label=split)
-                late += values[tenth:] if split == "train" else sorted(values)[tenth : len(values) - tenth]
+                late += values[tenth:] if split == "train" else sorted(values[tenth:])[tenth : -tenth or None]
+            low, high = min(late), max(late)
+            late += [value for value in values[tenth:] if 2 * low - high < value < 2 * high - low]
             margin = 0.05 * (max(late) - min(late)) or 1
             ax.set(xlabel="epoch", ylabel=label, ylim=(min(late) - margin, max(late) + margin))
             ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # also for a single epoch
@@ -668,11 +669,10 @@ def save_metrics(out, measured):
     older = json.loads(path.read_text(encoding="utf-8"))["test"] if path.exists() else {}
     # The bound of a file that is replaced stays; a term of the script wins over a measurement of its name.
     test = {**terms, **{name: older[name] for name in older if name.startswith("iw_")}, **measured, **terms}
-    for name in [
-        name for name in test if any(word in json.dumps(test[name]) for word in ("NaN", "Infinity"))
-    ]:
-        print(f"{name} is not finite, so it is left out of {path}", file=sys.stderr)
-        del test[name]
+    for name, text in {name: json.dumps(value) for name, value in test.items()}.items():
+        if "NaN" in text or "Infinity" in text:
+            print(f"{name} is not finite, so it is left out of {path}", file=sys.stderr)
+            del test[name]
     seconds = sum(row["seconds"] for row in history)
     images = len(history) * (environment["train_images"] // args["batch_size"]) * args["batch_size"]
     train = {"epochs": len(history), "seconds": seconds, "images_per_second": images / seconds}
