@@ -656,7 +656,9 @@ def test_ctrl_c_stops_after_the_epoch(epochs, code, finished, small, figures, mo
     output, error = capsys.readouterr()
     assert error.strip() == "stopping after this epoch; Ctrl-C again quits now" and "samples.png" in figures
     metrics = json.loads(Path("run", "metrics.json").read_text())
-    resume = "stopped after 1 of 2 epochs; resume with: python 'some where/beta_vae.py' --resume run\n"
+    resume = (
+        "in run\nstopped after 1 of 2 epochs; resume with: python 'some where/beta_vae.py' --resume run\n"
+    )
     found = stop.value.code, metrics["train"]["epochs"], "iw_bound" in metrics["test"]
     assert found == (code, epochs, epochs == 2) and output.endswith(resume) == (epochs == 1)
     assert result(beta_vae.main(["--resume=run"])) == result(finished)
