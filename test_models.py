@@ -649,16 +649,14 @@ def test_a_resumed_run_equals_a_whole_one(stop, epochs, finished, small, figures
 @pytest.mark.parametrize("epochs, code", [(1, 130), (2, 0)], ids=["in the first epoch", "in the last"])
 def test_ctrl_c_stops_after_the_epoch(epochs, code, finished, small, figures, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["some where/beta_vae.py"])
+    monkeypatch.setattr(sys, "argv", ["a b/beta_vae.py"])
     at_call(monkeypatch, common.Meter, "add", 8 * epochs - 3, ctrl_c)
     with pytest.raises(SystemExit) as stop:
         sys.exit(beta_vae.main([*RUN, "--iw-samples=2", "--out=run"]) and 0)
     output, error = capsys.readouterr()
     assert error.strip() == "stopping after this epoch; Ctrl-C again quits now" and "samples.png" in figures
     metrics = json.loads(Path("run", "metrics.json").read_text())
-    resume = (
-        "in run\nstopped after 1 of 2 epochs; resume with: python 'some where/beta_vae.py' --resume run\n"
-    )
+    resume = "in run\nstopped after 1 of 2 epochs; resume with: python 'a b/beta_vae.py' --resume run\n"
     found = stop.value.code, metrics["train"]["epochs"], "iw_bound" in metrics["test"]
     assert found == (code, epochs, epochs == 2) and output.endswith(resume) == (epochs == 1)
     assert result(beta_vae.main(["--resume=run"])) == result(finished)
