@@ -128,7 +128,8 @@ class Encoder(nn.Module):
         h = self.model(x).flatten(1)  # (B, hidden_dims[3], 2, 2) -> (B, hidden_dims[3] * 4)
         mu = self.fc_mean(h)
         if self.model_name == "VAE":
-            logvar = self.fc_logvar(h)
+            # A posterior more than e times as wide as the prior is never useful.
+            logvar = self.fc_logvar(h).clamp(max=2)
             z = self.reparameterize(mu, logvar)
             return mu, logvar, z
         return mu
