@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import common
 from common import Decoder, Encoder, reconstruction_term
@@ -38,27 +39,43 @@ def sample_codes(codes, n):
 
 
 def parse_args(argv=None):
-    style = {"usage": argparse.SUPPRESS, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = argparse.ArgumentParser(Path(__file__).name, allow_abbrev=False, **style)
-    parser.description = "Train an autoencoder; write figures and numbers to a folder."
+    parser = argparse.ArgumentParser(
+        prog=Path(__file__).name, allow_abbrev=False, formatter_class=common.HelpFormatter
+    )
+    parser.description = "Train an autoencoder and write figures and numbers to a folder."
     run = parser.add_argument_group("run")
     folder = run.add_mutually_exclusive_group()
-    folder.add_argument("--out", metavar="DIR", type=common.folder, help="a new folder; None: runs/<script>")
-    folder.add_argument("--resume", metavar="DIR", type=common.folder, help="a run to resume, or a new one")
-    run.add_argument("--seed", type=common.seed, default=0, help="of weights, batches and noise")
+    out_help = "output folder (default: runs/ae, or runs/ae-2, ...)"
+    folder.add_argument("--out", metavar="DIR", type=common.folder_name, help=out_help)
+    resume_help = "resume the run in this folder, or start one there"
+    folder.add_argument("--resume", metavar="DIR", type=common.folder_name, help=resume_help)
+    run.add_argument(
+        "--seed", type=common.seed_number, default=0, help="random seed for weights, batches and noise"
+    )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    run.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of training")
+    run.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="training precision"
+    )
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices="MNIST FashionMNIST KMNIST".split(), default="MNIST", help="which")
-    data.add_argument("--data", metavar="DIR", type=common.folder, help="holds MNIST/raw; None: the code's")
+    data.add_argument(
+        "--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="data set"
+    )
+    data_help = "folder that holds MNIST/raw (default: data/ next to common.py)"
+    data.add_argument("--data", metavar="DIR", type=common.folder_name, help=data_help)
     data.add_argument("--limit", type=common.train_size, default=60_000, help="number of training images")
     model = parser.add_argument_group("model")
     model.add_argument("--latent-dim", type=common.positive_int, default=20, help="number of latents")
-    widths = {"nargs": 4, "metavar": tuple("ABCD"), "default": [32, 64, 128, 256]}
-    model.add_argument("--hidden-dims", type=common.positive_int, **widths, help="channels of each layer")
-    model.add_argument("--recon", choices=["bce", "mse"], default="bce", help="Bernoulli or Gaussian pixels")
+    dims = "channels of the encoder's four convolutions; the decoder mirrors them"
+    model.add_argument(
+        "--hidden-dims", type=common.positive_int, nargs=4, metavar="N", default=[32, 64, 128, 256], help=dims
+    )
+    model.add_argument(
+        "--recon", choices=["bce", "mse"], default="bce", help="Bernoulli (bce) or Gaussian (mse) pixels"
+    )
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=common.positive_int, default=20, help="passes over the images")
+    training.add_argument(
+        "--epochs", type=common.positive_int, default=20, help="passes over the training images"
+    )
     training.add_argument("--batch-size", type=common.positive_int, default=128, help="images per step")
     training.add_argument("--lr", type=common.positive_float, default=3e-3, help="peak learning rate")
     return common.parse_args(parser, argv)
@@ -71,8 +88,9 @@ def train_model(encoder, decoder, data, args, out):
     shorter than args.epochs after Ctrl-C. Raises FloatingPointError if a term is not finite.
     """
     device = data.train_images.device
-    common.set_up_device(device, encoder, decoder)
-    parameters = [*encoder.parameters(), *decoder.parameters()]
+    networks = nn.ModuleList([encoder, decoder])
+    common.set_up_device(device, networks)
+    parameters = networks.parameters()  # a weight that both networks share counts once
     optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     parts = {"encoder": encoder, "decoder": decoder, "optimizer": optimizer}  # what a checkpoint holds
     history = common.load_checkpoint(out, **parts)
@@ -80,8 +98,7 @@ def train_model(encoder, decoder, data, args, out):
 
     for epoch in common.epochs_left(history, args.epochs):
         common.seed_epoch(args.seed, epoch)
-        encoder.train()
-        decoder.train()
+        networks.train()
         meter = common.Meter(epoch, steps, args)
         order = torch.randperm(len(data.train_images), device=device)[: steps * args.batch_size]
         for step, batch in enumerate(order.split(args.batch_size), start=(epoch - 1) * steps):
@@ -96,12 +113,11 @@ def train_model(encoder, decoder, data, args, out):
             optimizer.step()
             meter.add(loss, terms)
         train, seconds = meter.finish()  # waits for the device
-        test = common.evaluate(ae_loss, (encoder, decoder), data.test_images, kind=args.recon)
+        test = common.evaluate(ae_loss, networks, data.test_images, kind=args.recon)
         history.append(common.history_row(epoch, lr, train, test, seconds))
         common.save_checkpoint(out, history, args, data, **parts)
         common.print_epoch(history, args)
-    encoder.eval()
-    decoder.eval()
+    networks.eval()
     return history
 
 
@@ -109,7 +125,7 @@ def main(argv=None):
     args = parse_args(argv)
     data, out = common.start_run(args)
     device = data.train_images.device
-    common.seed_epoch(args.seed, 0)  # of the initial weights; training starts with epoch 1
+    common.seed_epoch(args.seed, 0)  # for the initial weights; training starts with epoch 1
     encoder = Encoder(args.hidden_dims, args.latent_dim, "AE").to(device)
     decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
     decoder.start_at_mean(data.train_images)
@@ -120,7 +136,7 @@ def main(argv=None):
     test = common.representation_metrics(decoder, data, train_mu, mu)
     common.save_metrics(out, test)
 
-    labels = {"recon": "reconstruction (nats)"}
+    labels = {"recon": "recon (nats)"}
     common.plot_loss_curves(history, labels, data, out)
     common.plot_reconstructions(decoder, mu, data, out)
     torch.manual_seed(common.EVAL_SEED)
@@ -129,7 +145,7 @@ def main(argv=None):
     common.plot_grid(common.decode_grid(decoder, z), out, "samples", title)
     common.plot_interpolations(decoder, mu, data, out)
     common.plot_latent_space(train_mu, mu, data, out)
-    common.end_run(history, args)
+    common.end_run(history, args, out)
     return out
 
 

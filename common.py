@@ -12,30 +12,35 @@ import io
 import json
 import math
 import os
+import random
 import shlex
 import signal
+import struct
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import timeit
-from collections import namedtuple
+from collections import Counter, defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 
 import matplotlib.style
+import numpy
 import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from torch import nn
 from torchvision.datasets.utils import check_integrity, download_url
 
-EVAL_SEED = 0  # of the samples z behind every test number, whatever the run's own seed is
+EVAL_SEED = 0  # for the samples z behind every test number, whatever the run's own seed is
 EVAL_BATCH = 250  # images at a time in evaluation: bounds its memory; more are slower on a CPU
 
 
 # ---- Data --------------------------------------------------------------------------------------
+DATA = Path(__file__).resolve().with_name("data")  # a clone has the archives of MNIST there
 # The data set's name and, on one device, uint8 images (N, 1, 28, 28) and int64 labels (N,).
 Data = namedtuple("Data", "name train_images train_labels test_images test_labels")
 
@@ -46,7 +51,8 @@ def load_data(root, name="MNIST", device="cpu", limit=None, binarize=False):
     limit: number of training images to keep. binarize: draw each test image, once, from Bernoulli(pixel).
     Raises RuntimeError that names an archive that is damaged, or missing and cannot be downloaded.
     """
-    source, folder = getattr(torchvision.datasets, name), Path(root) / name / "raw"
+    source = getattr(torchvision.datasets, name)
+    folder = Path(root) / name / "raw"
     archives = [(folder / archive, md5) for archive, md5 in source.resources]
     damaged = [path.name for path, md5 in archives if path.exists() and not check_integrity(path, md5)]
     if damaged:  # they may be the user's own: nothing is written over them
@@ -55,9 +61,15 @@ def load_data(root, name="MNIST", device="cpu", limit=None, binarize=False):
         if not path.exists():
             download(source.mirrors, path, md5)
     train_images, train_labels, test_images, test_labels = (read_idx(path) for path, _ in archives)
-    test_images = binarize_once(test_images) if binarize else test_images
-    train = train_images[:limit, None].to(device), train_labels[:limit].long().to(device)
-    return Data(name, *train, test_images[:, None].to(device), test_labels.long().to(device))
+    if binarize:
+        test_images = binarize_once(test_images)
+    return Data(
+        name=name,
+        train_images=train_images[:limit, None].to(device),  # (N, 28, 28) -> (N, 1, 28, 28)
+        train_labels=train_labels[:limit].long().to(device),
+        test_images=test_images[:, None].to(device),
+        test_labels=test_labels.long().to(device),
+    )
 
 
 def download(mirrors, path, md5):
@@ -67,16 +79,20 @@ def download(mirrors, path, md5):
             try:
                 download_url(mirror + path.name, folder, path.name, md5)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                return write_whole(path, Path(folder, path.name).read_bytes(), os.getpid())
+                write_whole(path, Path(folder, path.name).read_bytes(), suffix=os.getpid())
+                return
             except (OSError, RuntimeError) as error:
                 reason = error
     raise RuntimeError(f"{path} is missing and cannot be downloaded: {reason}")
 
 
 def read_idx(path):
-    """The uint8 tensor in a gzipped IDX file: four bytes, the last the number of sizes; sizes; values."""
+    """Read a gzipped IDX file as a uint8 tensor.
+
+    Four bytes, of which the last is the number of dimensions; their sizes, four bytes each; the values.
+    """
     content = bytearray(gzip.decompress(path.read_bytes()))
-    sizes = [int.from_bytes(content[4 * i : 4 * i + 4], "big") for i in range(1, content[3] + 1)]
+    sizes = struct.unpack_from(f">{content[3]}I", content, offset=4)  # big-endian
     return torch.frombuffer(content, dtype=torch.uint8, offset=4 + 4 * len(sizes)).view(sizes)
 
 
@@ -96,7 +112,10 @@ def binarize_once(images):
 
 # ---- Model -------------------------------------------------------------------------------------
 class Encoder(nn.Module):
-    """Images (B, 1, 28, 28) in [0, 1] to codes (B, latent_dim): mu for "AE", (mu, logvar, z) for "VAE"."""
+    """Images (B, 1, 28, 28) in [0, 1] to codes (B, latent_dim): mu for "AE", (mu, logvar, z) for "VAE".
+
+    logvar is at most 2, so that a single unusual image cannot spoil the mean over all images.
+    """
 
     def __init__(self, hidden_dims, latent_dim, model_name="AE"):
         super().__init__()
@@ -139,7 +158,17 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """torch's layer with its bias added separately: on a CPU, oneDNN's own gradient of that bias is slow."""
 
     def forward(self, x):
-        h = F.conv_transpose2d(x, self.weight, None, self.stride, self.padding)
+        h = F.conv_transpose2d(
+            x,
+            self.weight,
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            groups=self.groups,
+            dilation=self.dilation,
+        )
+        if self.bias is None:
+            return h
         return h + self.bias.to(h.dtype)[:, None, None]
 
 
@@ -182,19 +211,21 @@ def reconstruction_term(logits, x, kind="bce"):
     kind "bce": Bernoulli pixels; for gray pixels this is a cross-entropy, not a likelihood.
     kind "mse": Gaussian pixels of variance 1 around sigmoid(logits), without 784 / 2 log(2 pi) = 720.4 nats.
     """
-    if kind not in ("bce", "mse"):
-        raise ValueError(f"kind must be 'bce' or 'mse', not {kind!r}")
     if kind == "bce":
         pixels = F.binary_cross_entropy_with_logits(logits.float(), x, reduction="none")
-    else:
+    elif kind == "mse":
         pixels = 0.5 * (logits.float().sigmoid() - x).square()
+    else:
+        raise ValueError(f"kind must be 'bce' or 'mse', not {kind!r}")
     return pixels.sum(dim=(1, 2, 3))  # over pixels
 
 
 def kl_per_latent(mu, logvar):
     """KL(N(mu, exp(logvar)) || N(0, 1)) in nats: (B, latent_dim) each to (latent_dim,), the batch's mean."""
-    mu, logvar = mu.float(), logvar.float()  # Kingma & Welling (2014), appendix B
-    return (-0.5 * (1 + logvar - mu.square() - logvar.exp())).mean(dim=0)  # over the batch
+    mu = mu.float()
+    logvar = logvar.float()
+    kl = -0.5 * (1 + logvar - mu.square() - logvar.exp())  # Kingma & Welling (2014), appendix B
+    return kl.mean(dim=0)  # over the batch
 
 
 # ---- Training ----------------------------------------------------------------------------------
@@ -206,97 +237,159 @@ def learning_rate(step, total_steps, peak):
 
 def seed_epoch(seed, epoch):
     """Seed all generators for one epoch (0: the initial weights), so that resuming needs no saved state."""
-    torch.manual_seed(seed * 1_000_003 + epoch)  # no two alike: a run has at most 1,000,000 epochs
+    number = seed * 1_000_003 + epoch  # torch's generator on a CPU keeps the last 32 bits
+    torch.manual_seed(number)
+    random.seed(number)
+    numpy.random.seed(number % 2**32)
 
 
 def epochs_left(history, epochs):
     """Yield the numbers of the epochs still to train. The first Ctrl-C makes the current one the last."""
-    stopping = []
+    stop_requested = False
 
     def stop(*_):
-        stopping.append(True)
+        nonlocal stop_requested
+        stop_requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nstopping after this epoch; Ctrl-C again quits now", file=sys.stderr, flush=True)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else Ctrl-C is someone else's
-        with contextlib.suppress(ValueError):  # in a thread, which cannot handle signals
-            signal.signal(signal.SIGINT, stop)
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only it can handle signals
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)  # a handler of someone else would stay
     try:
         for epoch in range(len(history) + 1, epochs + 1):
-            if not stopping:
-                yield epoch
+            if stop_requested:
+                break
+            yield epoch
     finally:
         if signal.getsignal(signal.SIGINT) is stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+ERASE_LINE = "\r\x1b[K"  # on a terminal: back to the start of the line, and clear it
+
+
+def on_terminal():
+    """Whether standard output is a terminal. A logger in its place may not even have isatty."""
+    return hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
+
+
 class Meter:
-    """Sums the loss and terms, scalar tensors, of an epoch's steps; shows progress on a terminal."""
+    """Averages the loss and terms, scalar tensors, over an epoch's steps; shows progress on a terminal.
+
+    Raises ValueError for an epoch without steps.
+    """
 
     def __init__(self, epoch, steps, args):
-        self.epoch, self.steps, self.args = epoch, steps, args
-        self.totals, self.done, self.start = {}, 0, time.perf_counter()
+        if steps == 0:
+            raise ValueError(f"there are fewer training images than one batch of {args.batch_size}")
+        self.epoch = epoch
+        self.steps = steps
+        self.args = args
+        self.totals = defaultdict(float)
+        self.counts = Counter()  # by name, since a term may be missing in some steps
+        self.start = time.perf_counter()
+        self.shown = self.start
 
     def add(self, loss, terms):
-        for name, term in dict(loss=loss, **terms).items():  # a term named loss is a TypeError
-            self.totals[name] = self.totals.get(name, 0) + term.detach().float()  # no wait for the device
-        self.done += 1
-        if self.done % 50 == 0 and sys.stdout.isatty():
-            self.totals["loss"].item()  # waits for the device, which may only have queued the steps
-            rate = self.done / (time.perf_counter() - self.start)  # steps per second
-            left = ((self.args.epochs - self.epoch + 1) * self.steps - self.done) / rate
-            line = f"epoch {self.epoch}/{self.args.epochs}  {rate * self.args.batch_size:,.0f} images/s"
-            print(f"\r\x1b[K{line}  {left:.0f} s left", end="", flush=True)
+        for name, term in dict(loss=loss, **terms).items():  # TypeError if a term is named loss
+            self.totals[name] += term.detach().float()  # on the device: a step does not wait for its result
+            self.counts[name] += 1
+        if on_terminal() and time.perf_counter() - self.shown > 1:
+            self.show()
+
+    def show(self):
+        """Write progress over the terminal's last line."""
+        self.totals["loss"].item()  # waits for the device, which may only have queued the steps
+        self.shown = time.perf_counter()
+        done = self.counts["loss"]
+        rate = done / (self.shown - self.start)  # steps per second
+        left = (self.args.epochs - self.epoch + 1) * self.steps - done  # steps, in all epochs
+        line = f"epoch {self.epoch}/{self.args.epochs}  {rate * self.args.batch_size:,.0f} images/s"
+        print(f"{ERASE_LINE}{line}  {left / rate:.0f} s left", end="", flush=True)
 
     def finish(self):
-        """The mean of each term over the steps, and the seconds that they took."""
-        means = {name: total.item() / self.done for name, total in self.totals.items()}  # waits, too
+        """The mean of each term over the steps that had it, and the seconds that all steps took."""
+        means = {name: total.item() / self.counts[name] for name, total in self.totals.items()}
         return means, time.perf_counter() - self.start
 
 
 def history_row(epoch, lr, train, test, seconds):
     """One row of history.csv. Raises FloatingPointError that names a term that is not finite."""
-    terms = {f"train_{name}": value for name, value in train.items()}
-    terms |= {f"test_{name}": value for name, value in test.items()}
-    for name in sorted(terms, key=lambda name: name.endswith("_loss")):  # the terms before their sum
-        if not math.isfinite(terms[name]):
-            raise FloatingPointError(f"{name} is {terms[name]} in epoch {epoch}; one thing to check is --lr")
-    return {"epoch": epoch, "lr": lr, **terms, "seconds": seconds}
+    train_terms = {f"train_{name}": mean for name, mean in train.items()}
+    test_terms = {f"test_{name}": mean for name, mean in test.items()}
+    row = {"epoch": epoch, "lr": lr, **train_terms, **test_terms, "seconds": seconds}
+    for name in sorted(row, key=lambda name: name.endswith("_loss")):  # the loss last: its terms say more
+        if not math.isfinite(row[name]):
+            raise FloatingPointError(f"{name} is {row[name]} in epoch {epoch}; try a smaller --lr")
+    return row
+
+
+def terms_of(split, row):
+    """The terms of one split, "train" or "test", in a row of the history, under their own names."""
+    prefix = f"{split}_"
+    return {name[len(prefix) :]: value for name, value in row.items() if name.startswith(prefix)}
 
 
 def print_epoch(history, args):
-    """Print the seconds of training left and the last epoch's test terms, as far as 80 columns hold them."""
-    row, epochs = history[-1], f"{len(history)}/{args.epochs}"
-    line = f"epoch {epochs}  {(args.epochs - len(history)) * row['seconds']:.0f} s left  test"
-    terms = [f" {name[5:]} {value:.2f}" for name, value in row.items() if name.startswith("test_")]
-    while terms and len(line + terms[0]) < 80:
-        line += terms.pop(0)
-    print("\r\x1b[K" * sys.stdout.isatty() + line, flush=True)  # over the line that Meter shows
+    """Print the seconds of training left and the last epoch's test terms, those that fit into 80 columns."""
+    row = history[-1]
+    left = (args.epochs - len(history)) * row["seconds"]
+    line = f"epoch {len(history)}/{args.epochs}  {left:.0f} s left  test"
+    for name, value in terms_of("test", row).items():
+        term = f" {name} {value:.2f}"
+        if len(line + term) < 80:
+            line += term
+    if on_terminal():
+        line = ERASE_LINE + line  # over the progress that Meter shows
+    print(line, flush=True)
 
 
 # ---- Evaluation --------------------------------------------------------------------------------
+@contextlib.contextmanager
+def evaluation(networks, device):
+    """Inside: evaluation mode, and noise drawn with EVAL_SEED. Afterwards, all is as it was before."""
+    modules = [module for network in networks for module in network.modules()]
+    modes = [module.training for module in modules]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # bare, it forks every GPU's
+        torch.manual_seed(EVAL_SEED)
+        for network in networks:
+            network.eval()
+        try:
+            yield
+        finally:
+            for module, mode in zip(modules, modes):  # one by one: a copy may have frozen some
+                module.training = mode
+
+
+def batches(*tensors):
+    """Yield EVAL_BATCH rows of all `tensors` at a time."""
+    return zip(*(tensor.split(EVAL_BATCH) for tensor in tensors))
+
+
 @torch.no_grad()
 def evaluate(loss, networks, images, *more, **settings):
     """Mean loss and terms over uint8 images (N, 1, 28, 28), in float32, z drawn with a fixed seed; floats.
 
     Calls loss(*networks, x, *batch_of_more, **settings) in evaluation mode, under no_grad; more: say, labels.
+    Leaves the networks' modes and the random state as they were.
     """
-    for network in networks:
-        network.eval()
-    torch.manual_seed(EVAL_SEED)
-    totals = {}
-    for batch, *rest in zip(*(tensor.split(EVAL_BATCH) for tensor in (images, *more))):
-        value, terms = loss(*networks, to_pixels(batch), *rest, **settings)
-        for name, term in dict(loss=value, **terms).items():
-            totals[name] = totals.get(name, 0) + term * len(batch)  # a short last batch counts for less
-    return {name: total.item() / len(images) for name, total in totals.items()}
+    totals = defaultdict(float)
+    counts = Counter()  # of the images, by term, since a term may be missing in some batches
+    with evaluation(networks, images.device):
+        for batch, *batch_of_more in batches(images, *more):
+            value, terms = loss(*networks, to_pixels(batch), *batch_of_more, **settings)
+            for name, term in dict(loss=value, **terms).items():
+                totals[name] += term * len(batch)  # a short last batch counts for less
+                counts[name] += len(batch)
+    return {name: total.item() / counts[name] for name, total in totals.items()}
 
 
 @torch.no_grad()
 def encode(encoder, images):
     """The codes (mu, logvar) of uint8 images (N, 1, 28, 28), (N, latent_dim) each; for an AE (mu, None)."""
-    encoder.eval()
-    codes = [encoder(to_pixels(batch)) for batch in images.split(EVAL_BATCH)]
+    with evaluation([encoder], images.device):
+        codes = [encoder(to_pixels(batch)) for batch in images.split(EVAL_BATCH)]
     if isinstance(codes[0], torch.Tensor):
         return torch.cat(codes), None
     mu, logvar, *_ = zip(*codes)
@@ -312,27 +405,30 @@ def importance_weighted_bound(log_likelihood, mu, logvar, images, k):
     log_likelihood(x, z): log p(x|z), (B,), of x (B, 1, 28, 28) in [0, 1] and z (B, latent_dim). The bound
     lacks what it leaves out: 720.4 nats for --recon mse. mu, logvar: (N, latent_dim), codes of uint8 images.
     """
-    torch.manual_seed(EVAL_SEED)
-    total, batches = 0, zip(*(tensor.split(EVAL_BATCH) for tensor in (images, mu, logvar)))
-    for number, (batch, mean, log_variance) in enumerate(batches, start=1):
-        x, log_w = to_pixels(batch), []
-        for _ in range(k):
-            eps = torch.randn_like(mean)
-            z = mean + eps * (0.5 * log_variance).exp()  # (B, latent_dim)
-            # log p(z) - log q(z|x), over latents; their log(2 pi) cancel
-            log_ratio = 0.5 * (eps.square() + log_variance - z.square()).sum(dim=1)
-            log_w.append(log_ratio + log_likelihood(x, z))  # (B,)
-        total += (torch.stack(log_w).logsumexp(dim=0) - math.log(k)).sum()  # over samples; over images
-        if number % 4 == 0:
-            print(f"bound of {k} samples: {number * EVAL_BATCH} of {len(images)} images", flush=True)
+    total = 0
+    with evaluation([], images.device):
+        for number, (batch, mean, log_variance) in enumerate(batches(images, mu, logvar), start=1):
+            x = to_pixels(batch)
+            log_w = []
+            for _ in range(k):
+                eps = torch.randn_like(mean)
+                z = mean + eps * (0.5 * log_variance).exp()  # (B, latent_dim)
+                # log p(z) - log q(z|x), over latents; their log(2 pi) cancel
+                log_ratio = 0.5 * (eps.square() + log_variance - z.square()).sum(dim=1)
+                log_w.append(log_ratio + log_likelihood(x, z))  # (B,)
+            total += (torch.stack(log_w).logsumexp(dim=0) - math.log(k)).sum()  # over samples; over images
+            if number % 4 == 0:
+                print(f"bound of {k} samples: {number * EVAL_BATCH} of {len(images)} images", flush=True)
     return total.item() / len(images)
 
 
 def probe_accuracy(train_codes, train_labels, codes, labels):
-    """Share of `codes` (N, D) whose label ridge regression from train_codes to one-hot labels finds."""
-    train_codes, codes = train_codes.cpu().double(), codes.cpu().double()  # no float64 on MPS
+    """Test accuracy of ridge regression, penalty 1e-3 N, from codes (N, D) to one-hot labels."""
+    train_codes = train_codes.cpu().double()  # on the CPU, since MPS has no float64
+    codes = codes.cpu().double()
     classes, index = train_labels.cpu().unique(return_inverse=True)
-    mean, y = train_codes.mean(dim=0), F.one_hot(index).double()  # (D,), (N, classes)
+    mean = train_codes.mean(dim=0)  # (D,)
+    y = F.one_hot(index).double()  # (N, classes)
     scatter = train_codes.T @ train_codes - len(y) * mean.outer(mean)  # (D, D), of the centered codes
     penalty = 1e-3 * len(y) * torch.eye(len(mean), dtype=torch.float64)
     weights = torch.linalg.solve(scatter + penalty, train_codes.T @ (y - y.mean(dim=0)))  # (D, classes)
@@ -342,34 +438,31 @@ def probe_accuracy(train_codes, train_labels, codes, labels):
 
 @torch.no_grad()
 def representation_metrics(decoder, data, train_mu, mu):
-    """What the test codes mu (N, latent_dim) keep of the images, compared with PCA and with raw pixels."""
-    batches = zip(mu.split(EVAL_BATCH), data.test_images.split(EVAL_BATCH))
-    squares = sum((decoder(z) - to_pixels(images)).square().sum() for z, images in batches)
-    metrics = {"mse": squares.item() / data.test_images.numel()}
-    train_labels, labels = data.train_labels, data.test_labels
-    metrics["probe_accuracy"] = probe_accuracy(train_mu, train_labels, mu, labels)
-    # In float64: in float32, the eigenvectors of few images' scatter matrix may not converge.
-    train_x, x = (images.cpu().flatten(1).double() / 255 for images in (data.train_images, data.test_images))
-    metrics["pixel_probe_accuracy"] = probe_accuracy(train_x, train_labels, x, labels)
-    components = min(mu.shape[1], train_x.shape[1], len(train_x) - 1)  # as many as latents, if there are
-    if components:
-        mean = train_x.mean(dim=0)
-        train_x, x = train_x.sub_(mean), x.sub_(mean)
-        _, vectors = torch.linalg.eigh(train_x.T @ train_x)  # (784, 784), columns in ascending order
-        directions = vectors[:, -components:]  # (784, components)
-        codes = x @ directions  # (N, components)
-        metrics["pca_components"] = components
-        metrics["pca_mse"] = (codes @ directions.T - x).square().mean().item()
-        metrics["pca_probe_accuracy"] = probe_accuracy(train_x @ directions, train_labels, codes, labels)
-    return metrics
+    """What the test codes mu (N, latent_dim) keep of the images (squared error per pixel) and the classes."""
+    errors = [decoder(z) - to_pixels(images) for z, images in batches(mu, data.test_images)]
+    return {
+        "mse": sum(error.square().sum() for error in errors).item() / data.test_images.numel(),
+        "probe_accuracy": probe_accuracy(train_mu, data.train_labels, mu, data.test_labels),
+    }
 
 
 # ---- Figures -----------------------------------------------------------------------------------
 WIDTH = 3.25  # inches: fits the columns of ICML, ACM and IEEE unscaled
-STYLE = {"font.size": 7, "axes.titlesize": 7, "legend.fontsize": 6, "xtick.labelsize": 6, "pdf.fonttype": 42}
-STYLE |= {"ytick.labelsize": 6, "axes.linewidth": 0.5, "lines.linewidth": 1, "savefig.dpi": 300}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "image.cmap": "gray_r"}  # ink on paper
-STYLE["axes.prop_cycle"] = matplotlib.cycler(color=["#0072B2", "#D55E00"])  # Okabe & Ito: colorblind-safe
+STYLE = {
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "legend.fontsize": 6,
+    "xtick.labelsize": 6,
+    "ytick.labelsize": 6,
+    "axes.linewidth": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#D55E00"]),  # Okabe & Ito: colorblind-safe
+    "lines.linewidth": 1,
+    "image.cmap": "gray_r",  # dark digits on white paper
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # TrueType: submission systems refuse matplotlib's default, Type 3
+}
 # Paul Tol's "muted" set, one color per digit, its pale gray darkened.
 DIGIT_COLORS = "#CC6677 #332288 #DDCC77 #117733 #88CCEE #882255 #44AA99 #999933 #AA4499 #777777".split()
 
@@ -380,21 +473,24 @@ def new_figure(out, name, title, height, panels=1, layout="constrained"):
     with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         figure = Figure(figsize=(WIDTH, height), layout=layout)
         yield figure.subplots(panels, squeeze=False)[:, 0]
-        figure.savefig(Path(out) / f"{name}.pdf")
-        figure.set_figheight(height + 0.14 * (title.count("\n") + 1))
+        figure.savefig(Path(out) / f"{name}.pdf", metadata={"CreationDate": None})  # the same bytes each time
+        figure.set_figheight(height + 0.14 * len(title.splitlines()))
         figure.axes[0].set_title(title)
         figure.savefig(Path(out) / f"{name}.png")
 
 
-def plot_grid(images, out, name, title, row_labels=(), column_labels=(), xlabel="", ylabel=""):
+def plot_grid(images, out, name, title, row_labels=(), column_labels=(), xlabel=""):
     """Draw images (rows, columns, 28, 28) in [0, 1] edge to edge, with a label for each row and column."""
     rows, columns = images.shape[:2]
-    tiled = images.permute(0, 2, 1, 3).reshape(rows * 28, columns * 28)  # (rows * 28, columns * 28)
-    cell = (WIDTH - 0.05 - 0.6 * bool(row_labels) - 0.15 * bool(ylabel)) / columns  # inches
-    height = rows * cell + 0.05 + 0.13 * (bool(column_labels) + bool(xlabel))
+    tiled = images.permute(0, 2, 1, 3).reshape(rows * 28, columns * 28)
+    margin = 0.05  # inches, like the others
+    left = 0.6 if row_labels else 0
+    below = (0.13 if column_labels else 0) + (0.13 if xlabel else 0)
+    cell = (WIDTH - margin - left) / columns
+    height = rows * cell + margin + below
     with new_figure(out, name, title, height, layout="compressed") as (ax,):
         ax.imshow(tiled.cpu().numpy(), vmin=0, vmax=1, interpolation="none")
-        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.set_xlabel(xlabel)
         ax.set_yticks([28 * row + 14 for row in range(len(row_labels))], row_labels)
         ax.set_xticks([28 * column + 14 for column in range(len(column_labels))], column_labels)
         ax.tick_params(length=0)
@@ -416,47 +512,61 @@ def plot_reconstructions(decoder, mu, data, out):
     """The first test image of each class above its reconstruction from mu (N, latent_dim), the test codes."""
     chosen = first_of_each_class(data.test_labels)
     images = to_pixels(data.test_images[chosen, 0])[None]  # (1, classes, 28, 28)
-    rows = torch.cat([images, decode_grid(decoder, mu[None, chosen])])
-    plot_grid(rows, out, "reconstructions", f"{data.name}: test images", ["input", "reconstruction"])
+    grid = torch.cat([images, decode_grid(decoder, mu[None, chosen])])
+    title = f"{data.name}: test images"
+    plot_grid(grid, out, "reconstructions", title, row_labels=["input", "reconstruction"])
 
 
 def plot_interpolations(decoder, mu, data, out, steps=11):
     """Straight lines between the codes of test images of two classes: 0 to 1, 2 to 3, ... 8 to 9."""
     chosen = first_of_each_class(data.test_labels)
-    chosen = chosen if len(chosen) > 1 else torch.arange(2, device=mu.device)  # of a single class, two images
-    first, second = mu[chosen[: len(chosen) // 2 * 2]].view(-1, 2, 1, mu.shape[1]).unbind(dim=1)
-    share = torch.linspace(0, 1, steps, device=mu.device)[:, None]
-    images = decode_grid(decoder, torch.lerp(first, second, share))  # of codes (pairs, steps, latent_dim)
-    title = f"{data.name}: between the codes of two test images"
-    columns = [f"{value:.1f}" for value in share.flatten().tolist()]
-    plot_grid(images, out, "interpolations", title, (), columns, "share of the second code")
+    if len(chosen) == 1:  # of a single class, two images
+        chosen = torch.arange(2, device=mu.device)
+    shares = torch.linspace(0, 1, steps, device=mu.device)
+    pairs = zip(chosen[0::2], chosen[1::2])
+    z = torch.stack([torch.lerp(mu[first], mu[second], shares[:, None]) for first, second in pairs])
+    plot_grid(
+        decode_grid(decoder, z),  # of codes (pairs, steps, latent_dim)
+        out,
+        "interpolations",
+        title=f"{data.name}: between the codes of two test images",
+        column_labels=[f"{share:.1f}" for share in shares.tolist()],
+        xlabel="share of the second code",
+    )
 
 
 def plot_loss_curves(history, labels, data, out):
     """One panel for each term in `labels` that the history has: train and test, over epochs."""
-    labels = {term: text for term, text in labels.items() if f"test_{term}" in history[0]} or {"loss": "loss"}
-    with new_figure(out, "loss_curves", f"{data.name}: losses", 1 + 0.8 * len(labels), len(labels)) as axes:
-        for ax, (name, label) in zip(axes, labels.items()):
-            late, tenth = [], len(history) // 10  # the range shows neither the first fall nor a test's spike
+    columns = {column for row in history for column in row}
+    found = {term: text for term, text in labels.items() if columns & {f"train_{term}", f"test_{term}"}}
+    found = found or {"loss": "loss"}
+    height = 1 + 0.8 * len(found)
+    with new_figure(out, "loss_curves", f"{data.name}: losses", height, panels=len(found)) as axes:
+        for ax, (term, label) in zip(axes, found.items()):
+            settled = []  # without the first tenth, whose steep fall would flatten the rest
             for split in ("train", "test"):
-                values = [row[f"{split}_{name}"] for row in history]
-                ax.plot([row["epoch"] for row in history], values, marker=".", markersize=3, label=split)
-                late += values[tenth:] if split == "train" else sorted(values[tenth:])[tenth : -tenth or None]
-            low, high = min(late), max(late)
-            late += [value for value in values[tenth:] if 2 * low - high < value < 2 * high - low]
-            margin = 0.05 * (max(late) - min(late)) or 1
-            ax.set(xlabel="epoch", ylabel=label, ylim=(min(late) - margin, max(late) + margin))
+                curve = {row["epoch"]: row[f"{split}_{term}"] for row in history if f"{split}_{term}" in row}
+                ax.plot(list(curve), list(curve.values()), marker=".", markersize=3, label=split)
+                settled += list(curve.values())[len(curve) // 10 :]
+            margin = 0.05 * (max(settled) - min(settled)) or 1
+            ax.set(xlabel="epoch", ylabel=label, ylim=(min(settled) - margin, max(settled) + margin))
+            ax.set_xlim(0.5, len(history) + 0.5)  # the same in all panels: only the last one shows its ticks
             ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # also for a single epoch
             ax.label_outer()
         axes[0].legend(ncols=2, frameon=False)
 
 
 def linear_discriminants(codes, labels):
-    """The two directions (latent_dim, 2) that best separate codes (N, latent_dim) by label: Fisher (1936)."""
+    """The first two linear discriminants (latent_dim, 2) of codes (N, latent_dim) by label.
+
+    Fisher (1936); for more than two classes, Rao (1948).
+    """
     _, index = labels.cpu().unique(return_inverse=True)
-    codes, y = codes.cpu().double(), F.one_hot(index).double()  # no float64 on MPS
-    means = y @ (y.T @ codes / y.sum(dim=0)[:, None])  # (N, latent_dim): of each code's class
-    within, between = codes - means, means - codes.mean(dim=0)
+    codes = codes.cpu().double()  # on the CPU, since MPS has no float64
+    y = F.one_hot(index).double()  # (N, classes)
+    means = y @ (y.T @ codes / y.sum(dim=0)[:, None])  # (N, latent_dim): the mean of each code's class
+    within = codes - means
+    between = means - codes.mean(dim=0)
     variance, axes = torch.linalg.eigh(within.T @ within / len(codes))
     whiten = axes / (variance + 1e-6 * variance.mean() + 1e-9).sqrt()  # finite for dead latents, too
     directions = whiten @ torch.linalg.svd(between @ whiten, full_matrices=False).Vh[:2].T
@@ -464,58 +574,77 @@ def linear_discriminants(codes, labels):
 
 
 def plot_latent_space(train_mu, mu, data, out):
-    """Test codes mu (N, latent_dim) by class: the plane itself, or two linear discriminants of train_mu."""
-    points, axes, title = mu.cpu(), ["$\\mu_0$", "$\\mu_1$"], f"{data.name}: codes of the test images"
+    """Test codes mu (N, latent_dim) by class: the plane itself, or along discriminants of train_mu."""
+    title = f"{data.name}: codes of the test images"
+    points = mu.cpu()
+    xlabel = "$\\mu_0$"
+    ylabel = "$\\mu_1$"
     if mu.shape[1] != 2:  # not principal components: the KL makes all active latents of a VAE alike
+        title += ", along the first two\nlinear discriminants of the training codes"
         points = (points - train_mu.cpu().mean(dim=0)) @ linear_discriminants(train_mu, data.train_labels)
-        axes = [f"{rank} linear discriminant of $\\mu$" for rank in ("first", "second")]
-        title += ", along the two\nlinear discriminants of the training codes"
+        xlabel = "first linear discriminant of $\\mu$"
+        ylabel = "second linear discriminant of $\\mu$"
     classes, index = data.test_labels.cpu().unique(return_inverse=True)
-    colors = [DIGIT_COLORS[i % len(DIGIT_COLORS)] for i in index]
-    halo = [withStroke(linewidth=2, foreground="white")]
-    with new_figure(out, "latent_space", title, 0.9 * WIDTH) as (ax,):
+    colors = [DIGIT_COLORS[i % len(DIGIT_COLORS)] for i in range(len(classes))]
+    with new_figure(out, "latent_space", title, height=0.9 * WIDTH) as (ax,):
         # In the test set's order, so that no class is drawn on top of all others; a bitmap in the PDF too.
-        ax.scatter(*points.T.numpy(), s=1.5, linewidths=0, c=colors, rasterized=True)
-        for i, label in enumerate(classes.tolist()):
-            where = points[index == i].median(dim=0).values.tolist()
-            ax.text(*where, label, weight="bold", ha="center", va="center", path_effects=halo)
-            ax.scatter([], [], s=12, c=DIGIT_COLORS[i % len(DIGIT_COLORS)], label=label)  # for the legend
+        ax.scatter(*points.T.numpy(), s=1.5, linewidths=0, c=[colors[i] for i in index], rasterized=True)
+        for label, color in zip(classes.tolist(), colors):
+            ax.scatter([], [], s=12, c=color, label=label)  # an entry of the legend
         ax.figure.legend(loc="outside right center", frameon=False, handletextpad=0.1)
         # By the data's limits: a box that shrank to fit would push the label over the figure's edge.
-        ax.set(xlabel=axes[0], ylabel=axes[1], aspect="equal", adjustable="datalim")
+        ax.set(xlabel=xlabel, ylabel=ylabel, aspect="equal", adjustable="datalim")
 
 
 def plot_kl_per_dimension(mu, logvar, data, out):
     """Bars of the KL of each latent over the test codes mu, logvar (N, latent_dim), sorted."""
     kl, order = kl_per_latent(mu, logvar).sort(descending=True)
     title = f"{data.name}: sum over latents {kl.sum():.1f} nats"
-    with new_figure(out, "kl_per_dimension", title, 0.5 * WIDTH) as (ax,):
+    with new_figure(out, "kl_per_dimension", title, height=0.5 * WIDTH) as (ax,):
         ax.bar(range(len(kl)), kl.tolist())
         ax.set(xlabel="latents, sorted by their KL", ylabel="KL (nats per image)")
-        every = math.ceil(len(kl) / 30)  # as many numbers as have room
+        digits = len(kl) * len(str(len(kl)))
+        every = math.ceil(digits / 40)  # the axis has room for 40 digits
         ax.set_xticks(range(0, len(kl), every), order[::every].tolist())
 
 
 def plot_traversals(decoder, mu, logvar, data, out, rows=10, columns=7):
     """Move one latent from -3 to 3, the others held at the first test image's mu; largest KL on top."""
-    kl, order = (tensor[:rows] for tensor in kl_per_latent(mu, logvar).sort(descending=True))
+    kl = kl_per_latent(mu, logvar).tolist()
+    order = sorted(range(len(kl)), key=lambda latent: -kl[latent])[:rows]
     values = torch.linspace(-3, 3, columns, device=mu.device)
     z = mu[0].repeat(len(order), columns, 1)  # (rows, columns, latent_dim)
     for row, latent in enumerate(order):
         z[row, :, latent] = values
-    title = f"{data.name}: one latent moved,\nothers at a test image's code"
-    row_labels = [f"$z_{{{latent}}}$  {nats:.1f} nats" for latent, nats in zip(order, kl)]
-    labels = row_labels, [f"{value:g}" for value in values], "value of the latent", "latent, sorted by its KL"
-    plot_grid(decode_grid(decoder, z), out, "traversals", title, *labels)
+    shown = f"{rows} of {len(kl)} latents" if len(kl) > rows else "latents"
+    plot_grid(
+        decode_grid(decoder, z),
+        out,
+        "traversals",
+        title=f"{data.name}: one latent moved,\nothers at a test image's code",
+        row_labels=[f"$z_{{{latent}}}$  {kl[latent]:.1f} nats" for latent in order],
+        column_labels=[f"{value:g}" for value in values.tolist()],
+        xlabel=f"value of the latent; {shown}, sorted by KL",
+    )
 
 
 def plot_manifold(decoder, data, out, steps=20):
-    """Decode a grid over a latent plane, even in the prior's probability (Kingma & Welling, 2014)."""
+    """Decode a grid spaced evenly in the prior's quantiles (Kingma & Welling, 2014)."""
     values = torch.special.ndtri((torch.arange(steps) + 0.5) / steps)  # the inverse of the normal CDF
     z = torch.cartesian_prod(-values, values).flip(1).view(steps, steps, 2)  # z_0 to the right, z_1 up
-    images = decode_grid(decoder, z.to(data.test_images.device))
-    title = f"{data.name}: decoded quantiles of the prior"
-    plot_grid(images, out, "manifold", title, xlabel="$z_0$, to the right", ylabel="$z_1$, up")
+    labels = [f"{value:.2f}" for value in values.tolist()]
+    for i in range(steps):
+        if min(i, steps - 1 - i) % 4 != 0:  # every fourth one from either end: there is no room for more
+            labels[i] = ""
+    plot_grid(
+        decode_grid(decoder, z.to(data.test_images.device)),
+        out,
+        "manifold",
+        title=f"{data.name}: decoded quantiles of the prior",
+        row_labels=labels[::-1],
+        column_labels=labels,
+        xlabel="$z_0$ to the right, $z_1$ upwards",
+    )
 
 
 # ---- Device ------------------------------------------------------------------------------------
@@ -535,15 +664,17 @@ def pick_device(name="auto"):
 def pick_precision(device):
     """The --precision, "bf16" or "fp32", in which training is faster on `device`, and how that is known."""
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return "bf16" if capability >= (8, 0) else "fp32", "compute capability {}.{}".format(*capability)
+        major, minor = torch.cuda.get_device_capability(device)
+        return "bf16" if major >= 8 else "fp32", f"compute capability {major}.{minor}"
     if device.type != "cpu":
         return "fp32", f"the default on {device.type}"
-    threads, seconds = torch.get_num_threads(), {}
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # next to a busy process, several would wait for each other
+    seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        names = {"a": torch.ones(256, 256, dtype=dtype)}
-        seconds[dtype] = min(timeit.repeat("a @ a", globals=names, timer=time.thread_time, number=10))
+        matrix = torch.ones(256, 256, dtype=dtype)
+        # The fastest of many short products: one that no other process interrupts.
+        seconds[dtype] = min(timeit.repeat("a @ a", globals={"a": matrix}, number=1, repeat=30))
     torch.set_num_threads(threads)
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     return "bf16" if ratio >= 1.5 else "fp32", f"bfloat16 products are {ratio:.2g} times as fast"
@@ -564,20 +695,25 @@ def set_up_device(device, *networks):
 
 # ---- Run folder --------------------------------------------------------------------------------
 def start_run(args):
-    """Pick the device, load the data, make the folder; returns (data, out). Bad input ends the program."""
+    """Choose the device, load the data, make the folder; print the first line and return (data, out).
+
+    Replaces args.precision "auto" by the one that is faster on the device. Bad input ends the program.
+    """
     try:
         device = pick_device(args.device)
-        root = args.data or Path(__file__).with_name("data")
-        data = load_data(root, args.dataset, device, args.limit, getattr(args, "binarize", False))
+        binarize = getattr(args, "binarize", False)  # ae.py has no such flag
+        data = load_data(args.data or DATA, args.dataset, device, args.limit, binarize)
         out = Path(args.resume or args.out or free_folder(Path("runs", Path(args.script).stem)))
         out.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"{args.script}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    args.out, reason = str(out), "as set"
+    reason = "as requested"
     if args.precision == "auto":
         args.precision, reason = pick_precision(device)
-    print(f"{device}, {args.precision} ({reason}), seed {args.seed}, writing to {out}", flush=True)
+    epochs_done = len(load_checkpoint(out))
+    state = f"resumed after epoch {epochs_done}" if epochs_done else "a new run"
+    print(f"{device}, {args.precision} ({reason}), seed {args.seed}, writing to {out}, {state}", flush=True)
     return data, out
 
 
@@ -600,17 +736,26 @@ def write_whole(path, content, suffix="tmp"):
 
 def save_checkpoint(out, history, args, data, **parts):
     """Write checkpoint.pt, then history.csv. parts: the networks and optimizers, under their names."""
-    weights = [p for part in parts.values() if isinstance(part, nn.Module) for p in part.parameters()]
     device = data.train_images.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    environment = {"device": name, "threads": torch.get_num_threads(), "precision": args.precision}
-    environment |= {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-    environment |= {"torchvision": torchvision.__version__, "train_images": len(data.train_images)}
-    environment |= {"test_images": len(data.test_images)}
-    environment["parameters"] = sum(p.numel() for p in weights if p.requires_grad)
-    checkpoint = {name: part.state_dict() for name, part in parts.items()}
-    checkpoint |= {"args": vars(args), "history": history, "environment": environment}
-    checkpoint["model_name"] = getattr(parts.get("encoder"), "model_name", None)
+    networks = nn.ModuleList(part for part in parts.values() if isinstance(part, nn.Module))
+    trained = [parameter for parameter in networks.parameters() if parameter.requires_grad]
+    checkpoint = {
+        "args": vars(args),
+        "history": history,
+        "environment": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "precision": args.precision,
+            "python": sys.version.split()[0],
+            "torch": str(torch.__version__),
+            "torchvision": torchvision.__version__,
+            "train_images": len(data.train_images),
+            "test_images": len(data.test_images),
+            "parameters": sum(parameter.numel() for parameter in trained),
+        },
+        "model_name": getattr(parts.get("encoder"), "model_name", None),
+        **{name: part.state_dict() for name, part in parts.items()},
+    }
     buffer = io.BytesIO()  # a full disk is then a plain OSError, unlike torch.save's own error
     torch.save(checkpoint, buffer)
     write_whole(Path(out, "checkpoint.pt"), buffer.getvalue())
@@ -619,9 +764,16 @@ def save_checkpoint(out, history, args, data, **parts):
 
 
 def write_history(out, history):
-    file = io.StringIO(newline="")
-    csv.writer(file).writerows([history[0].keys(), *(row.values() for row in history)])
-    write_whole(Path(out, "history.csv"), file.getvalue().encode())
+    """Write history.csv: a column for each name that any row has, empty where a row lacks it."""
+    file = io.StringIO()
+    columns = dict.fromkeys(name for row in history for name in row)
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    try:
+        write_whole(Path(out, "history.csv"), file.getvalue().encode())
+    except PermissionError as error:  # on Windows, while Excel has it open; the checkpoint has the same rows
+        print(f"history.csv was not written: {error}", file=sys.stderr)
 
 
 def read_checkpoint(folder):
@@ -630,9 +782,11 @@ def read_checkpoint(folder):
     content = io.BytesIO(path.read_bytes())
     try:
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)  # runs no code from the file
-        return checkpoint | {name: checkpoint[name] for name in ("args", "history", "environment")}
     except Exception as error:  # damaged bytes raise errors of all kinds
-        raise ValueError(f"{path} is damaged, or not a checkpoint of these scripts") from error
+        raise ValueError(f"{path} is damaged: {type(error).__name__}") from error
+    if not isinstance(checkpoint, dict) or not {"args", "history", "environment"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of these scripts")
+    return checkpoint
 
 
 def load_checkpoint(out, **parts):
@@ -642,13 +796,21 @@ def load_checkpoint(out, **parts):
     checkpoint = read_checkpoint(out)
     for name, part in parts.items():
         part.load_state_dict(checkpoint[name])
-        # Fused steps assume that averages lie in memory as their parameter does; another device's may not.
-        for parameter, state in getattr(part, "state", {}).items():
-            for key, value in state.items():
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    state[key] = torch.empty_like(parameter).copy_(value)
+        if isinstance(part, torch.optim.Optimizer):
+            lay_out_like_parameters(part.state)
     write_history(out, checkpoint["history"])  # a kill may have left it an epoch behind
     return checkpoint["history"]
+
+
+def lay_out_like_parameters(optimizer_state):
+    """Give each average the memory layout of its parameter, as fused steps expect.
+
+    Another device may have saved it in another layout.
+    """
+    for parameter, averages in optimizer_state.items():
+        for name, average in averages.items():
+            if torch.is_tensor(average) and average.shape == parameter.shape:
+                averages[name] = torch.empty_like(parameter).copy_(average)
 
 
 def load_model(folder):
@@ -662,90 +824,128 @@ def load_model(folder):
     return encoder.eval(), decoder.eval(), args
 
 
+def read_bound(out):
+    """The likelihood bound and its samples in out/metrics.json; {} if there are none."""
+    path = Path(out, "metrics.json")
+    test = json.loads(path.read_text(encoding="utf-8"))["test"] if path.exists() else {}
+    return {name: test[name] for name in ("iw_samples", "iw_bound") if name in test}
+
+
 def save_metrics(out, measured):
     """Write metrics.json: what the checkpoint in `out` says, its last test terms, and what was `measured`."""
-    path, checkpoint = Path(out) / "metrics.json", read_checkpoint(out)
-    args, history, environment = (checkpoint[name] for name in ("args", "history", "environment"))
-    terms = {name[5:]: value for name, value in history[-1].items() if name.startswith("test_")}
-    older = json.loads(path.read_text(encoding="utf-8"))["test"] if path.exists() else {}
-    # The bound of a file that is replaced stays; a term of the script wins over a measurement of its name.
-    test = {**terms, **{name: older[name] for name in older if name.startswith("iw_")}, **measured, **terms}
-    for name, text in {name: json.dumps(value) for name, value in test.items()}.items():
-        if "NaN" in text or "Infinity" in text:
-            print(f"{name} is not finite, so it is left out of {path}", file=sys.stderr)
+    checkpoint = read_checkpoint(out)
+    args = checkpoint["args"]
+    history = checkpoint["history"]
+    environment = checkpoint["environment"]
+    # Later ones win: a new bound over an old one, and a loss's term over a measurement of the same name.
+    test = {**read_bound(out), **measured, **terms_of("test", history[-1])}
+    for name in list(test):
+        try:
+            json.dumps(test[name], allow_nan=False)
+        except ValueError:
+            print(f"{name} is not finite, so it is left out of metrics.json", file=sys.stderr)
             del test[name]
     seconds = sum(row["seconds"] for row in history)
-    images = len(history) * (environment["train_images"] // args["batch_size"]) * args["batch_size"]
-    train = {"epochs": len(history), "seconds": seconds, "images_per_second": images / seconds}
-    metrics = {"args": args, "test": test, "train": train, "environment": environment}
-    write_whole(path, f"{json.dumps(metrics, indent=2)}\n".encode())
+    steps = environment["train_images"] // args["batch_size"]
+    images = len(history) * steps * args["batch_size"]
+    metrics = {
+        "args": args,
+        "test": test,
+        "train": {"epochs": len(history), "seconds": seconds, "images_per_second": images / seconds},
+        "environment": environment,
+    }
+    write_whole(Path(out, "metrics.json"), f"{json.dumps(metrics, indent=2)}\n".encode())
 
 
-def end_run(history, args):
+def end_run(history, args, out):
     """Say where the results are; for a run that was stopped also how to resume it, with exit code 130."""
-    print(f"figures and numbers are in {args.out}", flush=True)
+    print(f"figures and numbers are in {out}", flush=True)
     if len(history) < args.epochs:
         script = sys.argv[0] if Path(sys.argv[0]).name == args.script else args.script  # as it was started
-        command = shlex.join(["python", script, "--resume", args.out])
-        print(f"stopped after {len(history)} of {args.epochs} epochs; resume with: {command}", flush=True)
+        command = [Path(sys.executable).name, script, "--resume", str(out)]
+        line = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+        print(f"stopped after {len(history)} of {args.epochs} epochs; resume with: {line}", flush=True)
         raise SystemExit(130)
 
 
 # ---- Command line ------------------------------------------------------------------------------
 def checked(kind, accept, wanted, text):
-    """`kind` of the text of a flag, refused unless `accept` of it is true."""
+    """The value kind(text) of a flag's text. Refused, with what is `wanted`, unless accept(value)."""
     with contextlib.suppress(ValueError):
-        if accept(value := kind(text)):
+        value = kind(text)
+        if accept(value):
             return value
     raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of each flag that has one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+# Types of flags, for add_argument.
 positive_int = partial(checked, int, lambda value: 1 <= value <= 10**6, "a whole number from 1 to 1000000")
 positive_float = partial(checked, float, lambda value: 0 < value < math.inf, "a finite number above 0")
-positive_or_zero = partial(checked, float, lambda value: 0 <= value < math.inf, "a finite number from 0")
+nonnegative_float = partial(
+    checked, float, lambda value: 0 <= value < math.inf, "a finite number of at least 0"
+)
 train_size = partial(checked, int, lambda value: 1 <= value <= 60_000, "a whole number from 1 to 60000")
-seed = partial(checked, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-folder = partial(checked, os.path.expanduser, bool, "the name of a folder")
+seed_number = partial(checked, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+folder_name = partial(checked, os.path.expanduser, bool, "the name of a folder")
 
 
 def parse_args(parser, argv=None):
     """Parse and check the flags; with --resume DIR they are those of the run in DIR, if there is one."""
     parser.set_defaults(script=parser.prog)
+    parser.print_usage = lambda file: None  # an error is one line; --help has the usage
     args = parser.parse_args(argv)
-    flag, named = ("--resume", args.resume) if args.resume else ("--out", args.out)
-    try:
-        if args.resume and Path(named, "checkpoint.pt").exists():
-            args = resumed_args(parser, argv, args)
-        elif named and Path(named).exists() and any(path.name[0] != "." for path in Path(named).iterdir()):
-            raise ValueError(f"{named} is neither an empty folder nor a run to resume")
-    except (OSError, ValueError) as error:
-        parser.error(f"argument {flag}: {error}")
     for name, value in vars(args).items():
         try:
-            setattr(args, name, json.loads(json.dumps(value)))  # plain values, as a checkpoint holds
-        except TypeError as error:
-            parser.error(f"argument --{name}: {error}; use a type such as str or float")
+            setattr(args, name, json.loads(json.dumps(value, allow_nan=False)))  # as a checkpoint holds it
+        except (TypeError, ValueError):
+            flag = name.replace("_", "-")
+            parser.error(f"argument --{flag}: {value!r} cannot be stored; use finite numbers, text or lists")
+    folder = args.resume or args.out
+    try:
+        if args.resume and Path(folder, "checkpoint.pt").exists():
+            args = resumed_args(parser, argv, args)
+        elif folder:
+            refuse_results(Path(folder))
+    except (OSError, ValueError) as error:
+        parser.error(f"argument {'--resume' if args.resume else '--out'}: {error}")
     if args.batch_size > args.limit:
         parser.error(f"argument --batch-size: {args.batch_size} is more than {args.limit} training images")
-    if getattr(args, "warmup", 0) > args.epochs:
-        parser.error(f"argument --warmup: {args.warmup:g} epochs in a run of {args.epochs}")
-    if getattr(args, "iw_samples", None) and args.recon == "bce" and not getattr(args, "binarize", False):
-        parser.error("argument --iw-samples: gray pixels have no likelihood; add --binarize or --recon mse")
     return args
+
+
+def refuse_results(folder):
+    """Raise ValueError if `folder` holds a file that a run writes; a scheduler's log may be there."""
+    for path in folder.glob("*"):
+        if path.name in ("checkpoint.pt", "history.csv", "metrics.json") or path.suffix in (".png", ".pdf"):
+            raise ValueError(f"{folder} holds {path.name}; a new run needs a folder without results")
 
 
 def resumed_args(parser, argv, args):
-    """The flags of the run in args.resume. Raises ValueError for a value in argv that would change it."""
+    """The flags of the run in args.resume. Raises ValueError for a flag in argv that would change the run."""
     stored = read_checkpoint(args.resume)["args"]
     if stored["script"] != args.script:
         raise ValueError(f"the run in {args.resume} is one of {stored['script']}, not of {args.script}")
-    stored = {name: stored.get(name, parser.get_default(name)) for name in vars(args)}
-    parser.set_defaults(**{name: stored[name] for name in stored.keys() - {"out", "resume"}})
-    args = parser.parse_args(argv)
-    if args.precision == "auto":
-        args.precision = stored["precision"]
-    for name in stored.keys() - {"out", "resume", "device", "data", "iw_samples"}:
-        if json.dumps(getattr(args, name), default=str) != json.dumps(stored[name]):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is {stored[name]} in that run; for another value, start a new run")
-    return args
+    resumed = {**vars(args), **stored, "out": None}  # a flag that is new in the script has its default
+    if read_bound(args.resume):
+        resumed["iw_samples"] = None  # computed already: only the flag itself asks for another bound
+    # No default is set over a value that is there, so None stays for each flag that is not in argv.
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    for name, value in vars(args).items():
+        if getattr(given, name) is None or (name, value) == ("precision", "auto"):
+            continue
+        expected = stored.get(name, parser.get_default(name))
+        if name in ("resume", "device", "data", "iw_samples"):
+            resumed[name] = value
+        elif value != expected:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {expected} in that run; for another value, start a new run")
+    return argparse.Namespace(**resumed)

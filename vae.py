@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import common
 from common import Decoder, Encoder, kl_per_latent, reconstruction_term
@@ -29,33 +30,54 @@ def vae_loss(encoder, decoder, x, kind="bce"):
 
 
 def parse_args(argv=None):
-    style = {"usage": argparse.SUPPRESS, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = argparse.ArgumentParser(Path(__file__).name, allow_abbrev=False, **style)
-    parser.description = "Train a variational autoencoder; write figures and numbers to a folder."
+    parser = argparse.ArgumentParser(
+        prog=Path(__file__).name, allow_abbrev=False, formatter_class=common.HelpFormatter
+    )
+    parser.description = "Train a variational autoencoder and write figures and numbers to a folder."
     run = parser.add_argument_group("run")
     folder = run.add_mutually_exclusive_group()
-    folder.add_argument("--out", metavar="DIR", type=common.folder, help="a new folder; None: runs/<script>")
-    folder.add_argument("--resume", metavar="DIR", type=common.folder, help="a run to resume, or a new one")
-    run.add_argument("--seed", type=common.seed, default=0, help="of weights, batches and noise")
+    out_help = "output folder (default: runs/vae, or runs/vae-2, ...)"
+    folder.add_argument("--out", metavar="DIR", type=common.folder_name, help=out_help)
+    resume_help = "resume the run in this folder, or start one there"
+    folder.add_argument("--resume", metavar="DIR", type=common.folder_name, help=resume_help)
+    run.add_argument(
+        "--seed", type=common.seed_number, default=0, help="random seed for weights, batches and noise"
+    )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    run.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of training")
+    run.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="training precision"
+    )
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices="MNIST FashionMNIST KMNIST".split(), default="MNIST", help="which")
-    data.add_argument("--data", metavar="DIR", type=common.folder, help="holds MNIST/raw; None: the code's")
+    data.add_argument(
+        "--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="data set"
+    )
+    data_help = "folder that holds MNIST/raw (default: data/ next to common.py)"
+    data.add_argument("--data", metavar="DIR", type=common.folder_name, help=data_help)
     data.add_argument("--limit", type=common.train_size, default=60_000, help="number of training images")
     model = parser.add_argument_group("model")
     model.add_argument("--latent-dim", type=common.positive_int, default=20, help="number of latents")
-    widths = {"nargs": 4, "metavar": tuple("ABCD"), "default": [32, 64, 128, 256]}
-    model.add_argument("--hidden-dims", type=common.positive_int, **widths, help="channels of each layer")
-    model.add_argument("--recon", choices=["bce", "mse"], default="bce", help="Bernoulli or Gaussian pixels")
+    dims = "channels of the encoder's four convolutions; the decoder mirrors them"
+    model.add_argument(
+        "--hidden-dims", type=common.positive_int, nargs=4, metavar="N", default=[32, 64, 128, 256], help=dims
+    )
+    model.add_argument(
+        "--recon", choices=["bce", "mse"], default="bce", help="Bernoulli (bce) or Gaussian (mse) pixels"
+    )
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=common.positive_int, default=20, help="passes over the images")
+    training.add_argument(
+        "--epochs", type=common.positive_int, default=20, help="passes over the training images"
+    )
     training.add_argument("--batch-size", type=common.positive_int, default=128, help="images per step")
     training.add_argument("--lr", type=common.positive_float, default=3e-3, help="peak learning rate")
-    bound = parser.add_argument_group("likelihood")
-    bound.add_argument("--binarize", action="store_true", help="draw each pixel from Bernoulli(pixel)")
-    bound.add_argument("--iw-samples", type=common.positive_int, help="per image, of the likelihood bound")
-    return common.parse_args(parser, argv)
+    likelihood = parser.add_argument_group("likelihood")
+    likelihood.add_argument("--binarize", action="store_true", help="draw each pixel from Bernoulli(pixel)")
+    likelihood.add_argument(
+        "--iw-samples", metavar="K", type=common.positive_int, help="importance samples per test image"
+    )
+    args = common.parse_args(parser, argv)
+    if args.iw_samples and args.recon == "bce" and not args.binarize:
+        parser.error("argument --iw-samples: gray pixels have no likelihood; add --binarize or --recon mse")
+    return args
 
 
 def train_model(encoder, decoder, data, args, out):
@@ -65,8 +87,9 @@ def train_model(encoder, decoder, data, args, out):
     shorter than args.epochs after Ctrl-C. Raises FloatingPointError if a term is not finite.
     """
     device = data.train_images.device
-    common.set_up_device(device, encoder, decoder)
-    parameters = [*encoder.parameters(), *decoder.parameters()]
+    networks = nn.ModuleList([encoder, decoder])
+    common.set_up_device(device, networks)
+    parameters = networks.parameters()  # a weight that both networks share counts once
     optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     parts = {"encoder": encoder, "decoder": decoder, "optimizer": optimizer}  # what a checkpoint holds
     history = common.load_checkpoint(out, **parts)
@@ -74,8 +97,7 @@ def train_model(encoder, decoder, data, args, out):
 
     for epoch in common.epochs_left(history, args.epochs):
         common.seed_epoch(args.seed, epoch)
-        encoder.train()
-        decoder.train()
+        networks.train()
         meter = common.Meter(epoch, steps, args)
         order = torch.randperm(len(data.train_images), device=device)[: steps * args.batch_size]
         for step, batch in enumerate(order.split(args.batch_size), start=(epoch - 1) * steps):
@@ -92,12 +114,11 @@ def train_model(encoder, decoder, data, args, out):
             optimizer.step()
             meter.add(loss, terms)
         train, seconds = meter.finish()  # waits for the device
-        test = common.evaluate(vae_loss, (encoder, decoder), data.test_images, kind=args.recon)
+        test = common.evaluate(vae_loss, networks, data.test_images, kind=args.recon)
         history.append(common.history_row(epoch, lr, train, test, seconds))
         common.save_checkpoint(out, history, args, data, **parts)
         common.print_epoch(history, args)
-    encoder.eval()
-    decoder.eval()
+    networks.eval()
     return history
 
 
@@ -105,22 +126,23 @@ def main(argv=None):
     args = parse_args(argv)
     data, out = common.start_run(args)
     device = data.train_images.device
-    common.seed_epoch(args.seed, 0)  # of the initial weights; training starts with epoch 1
+    common.seed_epoch(args.seed, 0)  # for the initial weights; training starts with epoch 1
     encoder = Encoder(args.hidden_dims, args.latent_dim, "VAE").to(device)
     decoder = Decoder(args.latent_dim, args.hidden_dims).to(device)
     decoder.start_at_mean(data.train_images)
     history = train_model(encoder, decoder, data, args, out)
 
-    # Training draws binarized images anew for every batch; from here on they stay the same.
-    fixed = data._replace(train_images=common.binarize_once(data.train_images)) if args.binarize else data
-    mu, logvar = common.encode(encoder, fixed.test_images)
-    train_mu, _ = common.encode(encoder, fixed.train_images)
-    test = common.representation_metrics(decoder, fixed, train_mu, mu)
+    # Training draws binary images again for every batch; from here on they stay the same.
+    if args.binarize:
+        data = data._replace(train_images=common.binarize_once(data.train_images))
+    mu, logvar = common.encode(encoder, data.test_images)
+    train_mu, _ = common.encode(encoder, data.train_images)
+    test = common.representation_metrics(decoder, data, train_mu, mu)
     test["active_units"] = (mu.var(dim=0) > 0.01).sum().item()  # Burda et al. (2016)
     test["kl_per_latent"] = kl_per_latent(mu, logvar).tolist()
     common.save_metrics(out, test)
 
-    labels = {"loss": "$-$ELBO (nats)", "recon": "reconstruction (nats)", "kl": "KL (nats)"}
+    labels = {"elbo": "ELBO (nats)", "recon": "recon (nats)", "kl": "KL (nats)"}
     common.plot_loss_curves(history, labels, data, out)
     common.plot_reconstructions(decoder, mu, data, out)
     torch.manual_seed(common.EVAL_SEED)
@@ -139,10 +161,11 @@ def main(argv=None):
         def log_likelihood(x, z):
             return -reconstruction_term(decoder.logits(z), x, args.recon)
 
-        test["iw_samples"] = k = args.iw_samples
-        test["iw_bound"] = common.importance_weighted_bound(log_likelihood, mu, logvar, data.test_images, k)
-        common.save_metrics(out, test)
-    common.end_run(history, args)
+        bound = common.importance_weighted_bound(
+            log_likelihood, mu, logvar, data.test_images, k=args.iw_samples
+        )
+        common.save_metrics(out, {**test, "iw_samples": args.iw_samples, "iw_bound": bound})
+    common.end_run(history, args, out)
     return out
 
 
