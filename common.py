@@ -547,9 +547,11 @@ def plot_loss_curves(history, labels, data, out):
             for split in ("train", "test"):
                 curve = {row["epoch"]: row[f"{split}_{term}"] for row in history if f"{split}_{term}" in row}
                 ax.plot(list(curve), list(curve.values()), marker=".", markersize=3, label=split)
-                settled += list(curve.values())[len(curve) // 10 :]
-            margin = 0.05 * (max(settled) - min(settled)) or 1
-            ax.set(xlabel="epoch", ylabel=label, ylim=(min(settled) - margin, max(settled) + margin))
+                settled += [value for epoch, value in curve.items() if epoch > len(history) // 10]
+            if settled:
+                margin = 0.05 * (max(settled) - min(settled)) or 1
+                ax.set_ylim(min(settled) - margin, max(settled) + margin)
+            ax.set(xlabel="epoch", ylabel=label)
             ax.set_xlim(0.5, len(history) + 0.5)  # the same in all panels: only the last one shows its ticks
             ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # also for a single epoch
             ax.label_outer()
@@ -603,8 +605,8 @@ def plot_kl_per_dimension(mu, logvar, data, out):
     with new_figure(out, "kl_per_dimension", title, height=0.5 * WIDTH) as (ax,):
         ax.bar(range(len(kl)), kl.tolist())
         ax.set(xlabel="latents, sorted by their KL", ylabel="KL (nats per image)")
-        digits = len(kl) * len(str(len(kl)))
-        every = math.ceil(digits / 40)  # the axis has room for 40 digits
+        room = 40 // len(str(len(kl)))  # labels, since the axis has room for 40 digits
+        every = math.ceil(len(kl) / room)
         ax.set_xticks(range(0, len(kl), every), order[::every].tolist())
 
 
@@ -863,7 +865,7 @@ def end_run(history, args, out):
     if len(history) < args.epochs:
         script = sys.argv[0] if Path(sys.argv[0]).name == args.script else args.script  # as it was started
         command = [Path(sys.executable).name, script, "--resume", str(out)]
-        line = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+        line = subprocess.list2cmdline(command) if sys.platform == "win32" else shlex.join(command)
         print(f"stopped after {len(history)} of {args.epochs} epochs; resume with: {line}", flush=True)
         raise SystemExit(130)
 
