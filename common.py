@@ -618,7 +618,7 @@ def plot_traversals(decoder, mu, logvar, data, out, rows=10, columns=7):
     z = mu[0].repeat(len(order), columns, 1)  # (rows, columns, latent_dim)
     for row, latent in enumerate(order):
         z[row, :, latent] = values
-    shown = f"{rows} of {len(kl)} latents" if len(kl) > rows else "latents"
+    shown = f"{rows} of {len(kl)} latents" if len(kl) > rows else "rows"
     plot_grid(
         decode_grid(decoder, z),
         out,
@@ -626,7 +626,7 @@ def plot_traversals(decoder, mu, logvar, data, out, rows=10, columns=7):
         title=f"{data.name}: one latent moved,\nothers at a test image's code",
         row_labels=[f"$z_{{{latent}}}$  {kl[latent]:.1f} nats" for latent in order],
         column_labels=[f"{value:g}" for value in values.tolist()],
-        xlabel=f"value of the latent; {shown}, sorted by KL",
+        xlabel=f"value of the latent; {shown} sorted by KL",
     )
 
 
