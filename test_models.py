@@ -1172,6 +1172,7 @@ def finished(mnist, tmp_path_factory):
         (os, "replace", 3, sys.exit, 1),
         (os, "replace", 4, sys.exit, 2),
         (Path, "write_bytes", 3, full_disk, 1),
+        (Path, "write_bytes", 4, full_disk, 2),
         (common.Meter, "add", 12, ctrl_c_twice, 1),
     ],
 )
@@ -1297,7 +1298,9 @@ def test_a_flag_that_a_checkpoint_lacks_counts_as_its_default(copy_of_finished, 
     assert "--dataset is MNIST in that run" in refusal(beta_vae.main, [*resume, "--dataset=KMNIST"], capsys)
 
 
-@parametrize("content", [{"epoch": 1}, [1, 2], {"args": Path("code")}, None])
+@parametrize(
+    "content", [{"epoch": 1}, [1, 2], {"args": {}, "history": [], "environment": Path("code")}, None]
+)
 def test_a_damaged_checkpoint_is_refused(content, copy_of_finished, capsys):
     path = copy_of_finished / "checkpoint.pt"
     if content is None:
