@@ -1265,11 +1265,23 @@ def test_device_data_and_bound_alone_may_change_in_a_resumed_run(copy_of_finishe
     assert vars(args) == {**stored, **changed, "out": None, "resume": str(copy_of_finished)}
 
 
-OTHER_FLAGS = "--seed 8,--precision bf16,--dataset KMNIST,--limit 511,--latent-dim 6,--hidden-dims 4 8 8 8"
-OTHER_FLAGS += ",--recon bce,--epochs 3,--batch-size 32,--lr 2e-3,--beta 3,--warmup 1,--capacity 1,--binarize"
+OTHER_FLAGS = """--seed 8
+--precision bf16
+--dataset KMNIST
+--limit 511
+--latent-dim 6
+--hidden-dims 4 8 8 8
+--recon bce
+--epochs 3
+--batch-size 32
+--lr 2e-3
+--beta 3
+--warmup 1
+--capacity 1
+--binarize"""
 
 
-@parametrize("flags", OTHER_FLAGS.split(","))
+@parametrize("flags", OTHER_FLAGS.splitlines())
 def test_any_other_flag_of_a_resumed_run_is_refused_by_name(flags, copy_of_finished, capsys):
     before = visible_files(copy_of_finished)
     flag = flags.split()[0]
