@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -73,24 +72,13 @@ def errors_of(capsys):
 
 
 # ---- All tools -----------------------------------------------------------------------------------
-each_tool = pytest.mark.parametrize("tool", ["compare_runs", "baselines", "benchmark"])
-
-
-@each_tool
-def test_a_tool_started_by_its_path_finds_the_scripts_and_shows_its_usage(tool, monkeypatch, capsys):
-    elsewhere = [folder for folder in sys.path if folder and Path(folder).resolve() != ROOT]
-    monkeypatch.setattr(sys, "path", elsewhere)
-    monkeypatch.setattr(sys, "argv", [tool, "--help"])
-    monkeypatch.delitem(sys.modules, "common")
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
-    assert capsys.readouterr().out.startswith("usage:")
-
-
-@each_tool
-def test_a_wrong_flag_ends_in_one_line(tool, errors_of):
-    [line] = errors_of(sys.modules[f"tools.{tool}"].main, "--nonsense")
-    assert "error" in line
+def test_tools_started_by_their_paths_find_the_scripts_and_show_their_usage(tmp_path):
+    processes = []
+    for tool in ("compare_runs", "baselines", "benchmark"):
+        command = [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"]
+        processes.append(subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True))
+    for process in processes:
+        assert process.communicate()[0].startswith("usage:")
 
 
 # ---- compare_runs: rows --------------------------------------------------------------------------
@@ -149,15 +137,12 @@ def test_lists_text_the_loss_and_pca_numbers_of_old_files_are_hidden(write_run, 
     assert list(read_table(write_run(test))["VAE"]) == ["model", "seeds", "KL"]
 
 
-def test_columns_are_those_asked_for_in_that_order(write_run, read_table):
+def test_columns_are_those_asked_for_in_that_order_and_a_model_without_them_has_no_row(write_run, read_table):
     run = write_run({"kl": 1, "recon": 2, "loss": 3, "iw_bound": 4, "iw_samples": 5})
-    row = read_table(run, "--columns", "loss", "iw_bound", "kl")["VAE"]
-    assert list(row) == ["model", "seeds", "loss", "IW bound, K = 5", "KL"]
-
-
-def test_a_model_without_the_columns_asked_for_has_no_row(write_run, read_table):
     ae = write_run({"recon": 1}, script="ae.py")
-    assert list(read_table(ae, write_run(), "--columns", "kl")) == ["VAE"]
+    table = read_table(ae, run, "--columns", "loss", "iw_bound", "kl")
+    assert list(table) == ["VAE"]
+    assert list(table["VAE"]) == ["model", "seeds", "loss", "IW bound, K = 5", "KL"]
 
 
 def test_an_unknown_column_is_refused_and_nothing_is_written(write_run, errors_of, tmp_path):
@@ -267,7 +252,10 @@ $\beta$-VAE, $\beta$ = 2 & 2 & $-$3.50 & 5.0 \\
 
 @pytest.fixture
 def draw(write_run, tmp_path, monkeypatch):
-    """A function that compares a VAE, a beta-VAE and other runs, and returns the panels of the figure."""
+    """A function that compares a VAE and a beta-VAE, two runs that have no panel, and others.
+
+    Returns the panels of the figure.
+    """
     figures = []
 
     def savefig(figure, path, **settings):
@@ -276,6 +264,8 @@ def draw(write_run, tmp_path, monkeypatch):
     def run(*others):
         runs = [write_run({"kl": 20, "recon": -800})]
         runs.append(write_run({"kl": 10, "recon": -700}, script="beta_vae.py"))
+        runs.append(write_run({"recon": 1}, script="ae.py"))
+        runs.append(write_run({"kl": 1, "recon": 1}, binarize=True))
         compare_runs.main([*runs, *others, "--out", str(tmp_path)])
         return figures[-1].axes
 
@@ -289,6 +279,7 @@ def test_the_figure_has_recon_over_kl_and_a_legend(draw):
     assert [text.get_text() for text in ax.get_legend().texts] == ["VAE", r"$\beta$-VAE"]
     assert "KL" in ax.get_xlabel()
     assert "recon" in ax.get_ylabel()
+    assert ax.get_title() == "MNIST, gray pixels: rate-distortion"
 
 
 def test_lines_of_equal_elbo_are_labeled_with_it(draw):
@@ -301,21 +292,11 @@ def test_lines_of_equal_elbo_are_labeled_with_it(draw):
         assert text.get_text() == f"ELBO ${-sum(line.get_xy1()):g}$"
 
 
-def test_protocols_with_one_point_have_no_panel(write_run, draw):
-    ae = write_run({"recon": 1}, script="ae.py", binarize=True)
-    [ax] = draw(ae, write_run({"kl": 1, "recon": 1}, binarize=True))
-    assert ax.get_title() == "MNIST, gray pixels: rate-distortion"
-
-
-def test_names_of_several_panels_lie_inside_them(write_run, draw):
-    name = "KMNIST, gray pixels;\nGaussian of unit variance\n(constant left out)"
+def test_one_of_several_panels_is_named(write_run, draw):
     runs = [write_run({"kl": 1, "recon": 1}, recon="mse", dataset="KMNIST", seed=seed) for seed in (0, 1)]
     _, ax = draw(*runs)
-    ax.figure.draw_without_rendering()
+    name = "KMNIST, gray pixels;\nGaussian of unit variance\n(constant left out)"
     assert ax.texts[-1].get_text() == name
-    left, bottom, right, top = ax.texts[-1].get_window_extent().extents
-    assert ax.bbox.contains(left, bottom)
-    assert ax.bbox.padded(1).contains(right, top)
 
 
 # ---- baselines -----------------------------------------------------------------------------------
@@ -354,10 +335,6 @@ def test_pca_equals_a_singular_value_decomposition_in_float64(vectors, mnist, pr
 def test_raw_pixels_are_probed_as_codes_are(vectors, mnist, printed_rows):
     accuracy = common.probe_accuracy(vectors[0], mnist.train_labels, vectors[1], mnist.test_labels)
     assert printed_rows()[1] == f"| raw pixels | | | | | {100 * accuracy:.1f} | |"
-
-
-def test_as_many_components_as_pixels_lose_nothing(printed_rows):
-    assert printed_rows("--components", "784")[0].endswith(" | 0.00 |")
 
 
 def test_more_components_than_pixels_are_refused(errors_of):
@@ -408,10 +385,8 @@ def test_the_textbook_loop_takes_a_step_per_batch_and_tests_on_all_images(mnist)
     assert min(seconds) > 0
 
 
-def test_the_textbook_loop_trains_a_vae_unless_told_otherwise():
-    args = vae.parse_args(["--limit=4", "--batch-size=4", "--epochs=1"])
-    _, loss = benchmark.train_textbook(args, "cpu")
-    assert 300 < loss < 600  # 784 pixels of about log 2 nats each
+def test_the_textbook_loop_trains_the_vae_unless_told_otherwise():
+    assert benchmark.train_textbook.__defaults__ == (benchmark.build_vae, vae.vae_loss)
 
 
 def test_a_measurement_has_a_process_of_its_own():
@@ -424,11 +399,9 @@ def test_a_script_runs_with_its_flags_and_gives_its_elbo(monkeypatch):
     def run(command, **settings):
         commands.append(command)
 
-    def load_checkpoint(out):
-        return [{"seconds": 3, "test_elbo": -99}, {"seconds": 2, "test_elbo": -98}]
-
+    history = [{"seconds": 3, "test_elbo": -99}, {"seconds": 2, "test_elbo": -98}]
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(common, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(common, "load_checkpoint", lambda out: history)
     assert benchmark.run_script(CPU, "--epochs=2") == ([3, 2], -98)
     assert commands[0][1:-1] == [vae.__file__, "--epochs=2", "--device", "cpu", "--out"]
 
