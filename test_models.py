@@ -977,16 +977,16 @@ def test_the_first_line_says_how_a_run_is_trained_and_where_it_writes(script, pr
 
 
 @parametrize(
-    "script, figures_of_its_own",
+    "script, further_figures",
     [
         (ae, ""),
         (vae, "traversals kl_per_dimension"),
         (beta_vae, "traversals kl_per_dimension manifold"),
     ],
 )
-def test_a_run_leaves_its_figures_and_three_other_files(script, figures_of_its_own, whole_runs):
+def test_a_run_leaves_its_figures_and_three_other_files(script, further_figures, whole_runs):
     out, _ = whole_runs[script]
-    names = f"reconstructions samples interpolations loss_curves latent_space {figures_of_its_own}".split()
+    names = f"reconstructions samples interpolations loss_curves latent_space {further_figures}".split()
     figures = {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert visible_files(out).keys() == figures | {"history.csv", "metrics.json", "checkpoint.pt"}
 
@@ -1203,7 +1203,7 @@ def test_a_damaged_checkpoint_is_refused(content, copy_of_finished, capsys):
 
 
 def parse_unusual_flags(argv):
-    """The flags of a script of the user, some of which argparse does not simply store."""
+    """The flags of a copied script, some of which argparse does not simply store."""
     parser = ArgumentParser()
     parser.add_argument("--resume")
     parser.add_argument("--mask", action="append", default=["first"])
@@ -1360,7 +1360,7 @@ beta_vae --resume run --beta 3: --beta is 4.0 in that run
 beta_vae --resume run --warmup 1: --warmup is 0.0 in that run
 beta_vae --resume run --capacity 1: --capacity is 0.0 in that run
 beta_vae --resume run --binarize: --binarize is False in that run
-vae --out run: argument --out: run holds 
+vae --out run: argument --out: run holds
 vae --resume png: argument --resume: png holds a.png
 vae --out pdf: argument --out: pdf holds a.pdf
 vae --out csv: argument --out: csv holds history.csv

@@ -92,7 +92,7 @@ def test_rows_are_sorted_by_model_and_then_by_beta(write_run, read_table):
 @pytest.mark.parametrize(
     "first, second, labels",
     [
-        ({"lr": 0.1}, {"lr": 0.2, "seed": 1}, ["VAE, lr 0.1", "VAE, lr 0.2"]),
+        ({"lr": 0.1}, {"lr": 0.2, "script": "ae.py"}, ["AE, lr 0.2", "VAE, lr 0.1"]),
         ({"latent_dim": 5}, {"latent_dim": None}, ["VAE, latent dim 5", "VAE"]),
         ({"binarize": False}, {"script": "ae.py"}, ["AE", "VAE"]),
         ({"out": "a", "device": "cpu", "data": "b"}, {"resume": "c", "iw_samples": 5, "seed": 1}, ["VAE"]),
