@@ -291,7 +291,7 @@ def test_the_figure_has_recon_over_kl_and_a_legend(draw):
 def test_lines_of_equal_elbo_are_labeled_with_it(draw):
     [ax] = draw()
     assert len(ax.texts) > 2
-    for line, text in zip(ax.lines[2:], ax.texts, strict=True):
+    for line, text in zip(ax.lines[2:], ax.texts):
         assert line.get_slope() == -1
         assert 270 < text.get_rotation() < 360  # downwards, as the line
         assert text.get_position() == line.get_xy1()
