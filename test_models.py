@@ -689,7 +689,7 @@ def plot_arguments(saved_figures, monkeypatch):
 
 
 def with_classes(count, data):
-    """`data` in which the labels of the test images are count, ..., 1, over and over: other than digits."""
+    """`data` with other labels of the test images: count, ..., 2, 1, over and over."""
     return data._replace(test_labels=count - torch.arange(300) % count)
 
 
